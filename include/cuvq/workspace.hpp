@@ -2,8 +2,16 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace cuvq {
+
+/// Sizes of a problem, for the `..._workspace_bytes` functions.
+struct shape {
+    std::int64_t vectors = 0;     ///< N, at least 0
+    std::int64_t codes = 0;       ///< K, at least 1
+    std::int64_t dimensions = 0;  ///< D, at least 1
+};
 
 /// Scratch device memory that a caller lends to one call: 256-byte aligned, of at least the bytes that the matching
 /// `..._workspace_bytes` function names, arbitrary on entry and on return, never shared by calls that may run at the

@@ -313,6 +313,12 @@ inline vector_ref<const std::int64_t> check_ema_params(const char* function, con
     return indices;
 }
 
+inline void check_shape(const char* function, const shape& s) {
+    if (s.vectors < 0) bad_argument(function, "shape.vectors", text(s.vectors), "at least 0");
+    if (s.codes < 1) bad_argument(function, "shape.codes", text(s.codes), "at least 1");
+    if (s.dimensions < 1) bad_argument(function, "shape.dimensions", text(s.dimensions), "at least 1");
+}
+
 /// A workspace as lent: `bytes` of it are needed. Not called for an empty one.
 inline void check_workspace(const char* function, const workspace& w, std::size_t bytes) {
     if (w.data == nullptr) bad_argument(function, "workspace", "a null pointer", "a device pointer, or workspace{}");

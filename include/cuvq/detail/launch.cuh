@@ -1,0 +1,79 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// What every host function does on its stream: take scratch memory, launch, check.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include <cuda_runtime.h>
+
+#include <cuvq/cuda_error.cuh>
+#include <cuvq/detail/validate.hpp>
+#include <cuvq/workspace.hpp>
+
+namespace cuvq::detail {
+
+/// Lays out arrays one after the other, each aligned to workspace::alignment. Over a null base it only measures.
+class carver {
+public:
+    explicit carver(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+
+    template <class T>
+    T* take(std::int64_t count) {
+        char* at = base_ ? base_ + used_ : nullptr;
+        constexpr std::size_t unit = workspace::alignment;
+        used_ += (static_cast<std::size_t>(count) * sizeof(T) + unit - 1) / unit * unit;
+        return reinterpret_cast<T*>(at);
+    }
+    std::size_t bytes() const { return used_; }
+
+private:
+    char* base_;
+    std::size_t used_ = 0;
+};
+
+/// Scratch memory of one call: the caller's workspace, checked, or memory allocated and freed in stream order.
+class scratch {
+public:
+    scratch(const char* function, const workspace& lent, std::size_t bytes, cudaStream_t stream) : stream_(stream) {
+        if (lent.data != nullptr || lent.bytes != 0) {
+            check_workspace(function, lent, bytes);
+            data_ = lent.data;
+        } else if (bytes > 0) {
+            CUVQ_CHECK_CUDA(cudaMallocAsync(&data_, bytes, stream));
+            owned_ = true;
+        }
+    }
+    ~scratch() {
+        if (owned_) cudaFreeAsync(data_, stream_);
+    }
+    scratch(const scratch&) = delete;
+    scratch& operator=(const scratch&) = delete;
+
+    void* data() const { return data_; }
+
+private:
+    void* data_ = nullptr;
+    cudaStream_t stream_;
+    bool owned_ = false;
+};
+
+/// Blocks for `work` items of which each block takes `per_block` at a time; kernels loop, so `most` may cut it.
+inline unsigned blocks_for(std::int64_t work, std::int64_t per_block, std::int64_t most) {
+    return static_cast<unsigned>(std::min(most, std::max<std::int64_t>(1, (work - 1) / per_block + 1)));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+            Arguments&&... arguments) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.stream = stream;
+    CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
+}
+
+}  // namespace cuvq::detail

@@ -1,0 +1,97 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include <cuvq/detail/launch.cuh>
+#include <cuvq/detail/validate.hpp>
+#include <cuvq/dispatch/quantize.cuh>
+#include <cuvq/kernel/stats.cuh>
+#include <cuvq/params.hpp>
+#include <cuvq/views.hpp>
+#include <cuvq/workspace.hpp>
+
+namespace cuvq {
+
+namespace detail {
+
+/// Scratch of a search that reports statistics; nothing otherwise.
+struct search_scratch {
+    double* loss = nullptr;                      // [most_search_blocks]
+    unsigned long long* histogram = nullptr;     // [K]
+    unsigned long long* rows_without = nullptr;  // [1]
+
+    search_scratch(carver& c, const shape& s, bool reports) {
+        if (!reports) return;
+        loss = c.take<double>(dispatch::most_search_blocks);
+        histogram = c.take<unsigned long long>(s.codes + 1);  // the last one is rows_without
+        rows_without = histogram ? histogram + s.codes : nullptr;
+    }
+};
+
+}  // namespace detail
+
+/// Bytes of workspace that `quantize` takes for this shape and these params: 0 without `params.stats`.
+/// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
+inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_params& params = {}) {
+    detail::check_shape("quantize_workspace_bytes", s);
+    detail::carver c;
+    detail::search_scratch(c, s, params.stats != nullptr);
+    return c.bytes();
+}
+
+/// The nearest codebook row of every vector.
+///
+/// @param x         [N x D] device memory; float, __half or __nv_bfloat16; N >= 0. Rows may be strided.
+/// @param codebook  [K x D] device memory; float or the type of x; K, D >= 1. A row with a NaN or Inf is never chosen.
+/// @param codes     [N] out, device memory; int32, int64, uint8, uint16 or uint32 with room for K - 1. The lowest k
+///                  that minimises sum_d (x_id - c_kd)^2 in float64, summed in the order that
+///                  `device/certificate.cuh` states; -1 (all bits set) where x_i has a NaN or Inf, or no codebook row
+///                  is finite.
+/// @param quantized [N x D] out, of the type of x, or `discard`: the chosen rows; NaN where there is none.
+/// @param distances [N] out, float, or `discard`: squared distances to the chosen rows, relative error at most
+///                  4e-7 log2(D + 1) in float's normal range; NaN where there is none.
+/// @param params    metric, accuracy, where to write `step_stats` (device memory).
+/// @param ws        `quantize_workspace_bytes` of device memory, or empty: allocated on the stream.
+/// @param stream    everything runs here, asynchronously; may be captured in a graph.
+/// @throws std::invalid_argument naming the argument, before any launch: shapes that do not match, null or misaligned
+///         pointers, outputs that overlap other arguments, K = 0 or D = 0, codes too narrow for K, workspace too
+///         small. cuvq::cuda_error if a CUDA call fails.
+/// Deterministic: equal inputs give bitwise equal outputs; the codes also on every card. O(N K D) time, no N x K
+/// memory. With N = 0 no output is touched.
+/// Source: van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2017, eq. 1 and 2.
+template <class XView, class CodebookView, class CodesView, class QuantizedView = discard_t,
+          class DistancesView = discard_t>
+void quantize(const XView& x, const CodebookView& codebook, const CodesView& codes,
+              const QuantizedView& quantized = discard, const DistancesView& distances = discard,
+              const quantize_params& params = {}, const workspace& ws = {}, cudaStream_t stream = nullptr) {
+    const char* function = "quantize";
+    const auto args = detail::validate_quantize(function, x, codebook, codes, quantized, distances, params);
+    const shape s{args.x.rows, args.codebook.rows, args.x.columns};
+    const detail::scratch memory(function, ws, quantize_workspace_bytes(s, params), stream);
+    detail::carver c(memory.data());
+    const detail::search_scratch tally(c, s, params.stats != nullptr);
+    if (params.stats)
+        CUVQ_CHECK_CUDA(cudaMemsetAsync(tally.histogram, 0,
+                                        static_cast<std::size_t>(s.codes + 1) * sizeof(*tally.histogram), stream));
+    dispatch::quantize<dispatch::static_dimensions<XView, CodebookView>()>(
+        args, {tally.loss, tally.histogram, tally.rows_without}, stream);
+    if (params.stats) {
+        kernel::stats_parts parts;
+        parts.loss = tally.loss;
+        parts.loss_count = s.vectors > 0 ? dispatch::search_blocks(s.vectors) : 0;
+        parts.rows = s.vectors;
+        parts.columns = s.dimensions;
+        parts.rows_without = tally.rows_without;
+        parts.histogram = tally.histogram;
+        parts.codes = s.codes;
+        parts.invalid_rows = tally.rows_without;
+        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, parts,
+                       params.stats);
+    }
+}
+
+}  // namespace cuvq

@@ -1,0 +1,87 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include <cuvq/detail/launch.cuh>
+#include <cuvq/detail/validate.hpp>
+#include <cuvq/dispatch/quantize.cuh>
+#include <cuvq/ema.cuh>
+#include <cuvq/kernel/stats.cuh>
+#include <cuvq/params.hpp>
+#include <cuvq/views.hpp>
+#include <cuvq/workspace.hpp>
+
+namespace cuvq {
+
+namespace detail {
+
+struct train_scratch {
+    update_scratch update;
+    double* loss = nullptr;                      // [most_search_blocks], with stats
+    unsigned long long* rows_without = nullptr;  // [1], with stats
+
+    train_scratch(carver& c, const shape& s, const train_params& p) : update(c, s, p) {
+        if (p.stats) {
+            loss = c.take<double>(dispatch::most_search_blocks);
+            rows_without = c.take<unsigned long long>(1);
+        }
+    }
+};
+
+}  // namespace detail
+
+/// Bytes of workspace that `train_step` takes for this shape and these params.
+/// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
+inline std::size_t train_step_workspace_bytes(const shape& s, const train_params& params = {}) {
+    detail::check_shape("train_step_workspace_bytes", s);
+    detail::carver c;
+    detail::train_scratch(c, s, params);
+    return c.bytes();
+}
+
+/// One whole train step: `quantize` with the codebook as it stands, then `ema_update`.
+///
+/// @param state     in/out: K codes in D dimensions, device memory; its codebook holds float or the type of x. K at
+///                  most 2^32 - 2.
+/// @param x         [N x D] device memory; float, __half or __nv_bfloat16; N >= 0. Rows may be strided.
+/// @param codes     [N] out, device memory; as `quantize` gives them.
+/// @param quantized [N x D] out, of the type of x, or `discard`: rows of the codebook before the step.
+/// @param params    rule, decay, dead codes, weights, stats; converts from `ema_params`. A row with a bad weight gets a
+///                  code and counts in `commitment_loss`, but moves nothing and counts in `invalid_rows`.
+/// @param ws        `train_step_workspace_bytes` of device memory, or empty: allocated on the stream.
+/// @param stream    everything runs here, asynchronously; may be captured in a graph: a replay is one more step, with
+///                  its own draws, since they are keyed by the step counter in device memory.
+/// @throws std::invalid_argument naming the argument, before any launch; cuvq::cuda_error if a CUDA call fails.
+/// Deterministic: bitwise equal from run to run, eager or captured. O(N K D) time.
+/// Source: van den Oord et al. 2017, appendix A.1; Razavi et al. 2019.
+template <class State, class XView, class CodesView, class QuantizedView = discard_t>
+void train_step(const State& state, const XView& x, const CodesView& codes, const QuantizedView& quantized = discard,
+                const train_params& params = {}, const workspace& ws = {}, cudaStream_t stream = nullptr) {
+    const char* function = "train_step";
+    const auto args = detail::validate_train_step(function, state, x, codes, quantized, params);
+    const shape s{args.update.x.rows, args.update.state.codebook.rows, args.update.x.columns};
+    dispatch::check_codes(function, "state.codebook", s.codes);
+    const detail::scratch memory(function, ws, train_step_workspace_bytes(s, params), stream);
+    detail::carver c(memory.data());
+    const detail::train_scratch m(c, s, params);
+    if (params.stats) CUVQ_CHECK_CUDA(cudaMemsetAsync(m.rows_without, 0, sizeof(*m.rows_without), stream));
+    dispatch::quantize<dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
+        args.quantize, {m.loss, nullptr, m.rows_without}, stream);
+    detail::update(args.update, params, true, m.update, stream);
+    if (params.stats) {
+        kernel::stats_parts parts = m.update.tally.parts(m.update.counts, s.codes);
+        parts.loss = m.loss;
+        parts.loss_count = s.vectors > 0 ? dispatch::search_blocks(s.vectors) : 0;
+        parts.rows = s.vectors;
+        parts.columns = s.dimensions;
+        parts.rows_without = m.rows_without;
+        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, parts,
+                       params.stats);
+    }
+}
+
+}  // namespace cuvq
