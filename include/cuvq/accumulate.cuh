@@ -60,7 +60,7 @@ void accumulate(const XView& x, const CodesView& codes, const CountsView& counts
         parts.counts = args.counts.data;
         parts.codes = s.codes;
         parts.invalid_rows = invalid_rows;
-        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, parts,
+        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0, parts,
                        params.stats);
     }
 }

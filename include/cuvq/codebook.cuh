@@ -56,7 +56,7 @@ public:
         if (m.rows < 1) detail::bad_argument(function, "x", "0 rows", "at least 1");
         detail::check_extent(function, "x", "columns", m.columns, dimensions_, "the columns of the codebook");
         const auto target = detail::to_state(function, state());
-        detail::launch(kernel::init_codebook<T, X>, detail::blocks_for(codes_, 8, 1 << 20), 256, stream, target, m,
+        detail::launch(kernel::init_codebook<T, X>, detail::blocks_for(codes_, 8, 1 << 20), 256, stream, 0, target, m,
                        seed, initial == initial_statistics::one_per_code);
     }
 

@@ -116,7 +116,7 @@ void ema_apply(const State& state, const CountsView& counts, const SumsView& sum
     if (params.stats) {
         kernel::stats_parts parts = tally.parts(args.counts.data, s.codes);
         parts.invalid_rows = nullptr;
-        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, parts,
+        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0, parts,
                        params.stats);
     }
 }
@@ -156,7 +156,7 @@ void ema_update(const State& state, const XView& x, const CodesView& codes, cons
     const detail::update_scratch m(c, s, params);
     detail::update(args, params, false, m, stream);
     if (params.stats)
-        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream,
+        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0,
                        m.tally.parts(m.counts, s.codes), params.stats);
 }
 

@@ -28,7 +28,7 @@ void lookup(const CodebookView& codebook, const CodesView& codes, const Quantize
     if (args.quantized.rows == 0) return;
     constexpr unsigned threads = 256;
     detail::launch(kernel::lookup<detail::value_of<QuantizedView>, detail::value_of<CodebookView>>,
-                   detail::blocks_for(args.quantized.rows, threads / 32, 1 << 20), threads, stream, args);
+                   detail::blocks_for(args.quantized.rows, threads / 32, 1 << 20), threads, stream, 0, args);
 }
 
 }  // namespace cuvq

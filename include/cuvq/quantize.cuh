@@ -18,28 +18,28 @@ namespace cuvq {
 
 namespace detail {
 
-/// Scratch of a search that reports statistics; nothing otherwise.
-struct search_scratch {
-    double* loss = nullptr;                      // [most_search_blocks]
-    unsigned long long* histogram = nullptr;     // [K]
-    unsigned long long* rows_without = nullptr;  // [1]
+/// Scratch of a search: the dispatcher's, and where to tally if it reports statistics.
+struct quantize_scratch {
+    dispatch::search_scratch search;
+    kernel::search_tally tally;
 
-    search_scratch(carver& c, const shape& s, bool reports) {
+    quantize_scratch(carver& c, const shape& s, bool reports) : search(c, s) {
         if (!reports) return;
-        loss = c.take<double>(dispatch::most_search_blocks);
-        histogram = c.take<unsigned long long>(s.codes + 1);  // the last one is rows_without
-        rows_without = histogram ? histogram + s.codes : nullptr;
+        tally.loss = c.take<double>(dispatch::most_search_blocks);
+        tally.histogram = c.take<unsigned long long>(s.codes + 1);  // the last one is rows_without
+        tally.rows_without = tally.histogram ? tally.histogram + s.codes : nullptr;
     }
 };
 
 }  // namespace detail
 
-/// Bytes of workspace that `quantize` takes for this shape and these params: 0 without `params.stats`.
+/// Bytes of workspace that `quantize` takes for this shape and these params: for D <= 269 about half a float32 codebook
+/// (at least 32 bytes per code), and with `params.stats` 8 bytes per code.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_params& params = {}) {
     detail::check_shape("quantize_workspace_bytes", s);
     detail::carver c;
-    detail::search_scratch(c, s, params.stats != nullptr);
+    detail::quantize_scratch(c, s, params.stats != nullptr);
     return c.bytes();
 }
 
@@ -73,23 +73,23 @@ void quantize(const XView& x, const CodebookView& codebook, const CodesView& cod
     const shape s{args.x.rows, args.codebook.rows, args.x.columns};
     const detail::scratch memory(function, ws, quantize_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
-    const detail::search_scratch tally(c, s, params.stats != nullptr);
+    const detail::quantize_scratch m(c, s, params.stats != nullptr);
     if (params.stats)
-        CUVQ_CHECK_CUDA(cudaMemsetAsync(tally.histogram, 0,
-                                        static_cast<std::size_t>(s.codes + 1) * sizeof(*tally.histogram), stream));
-    dispatch::quantize<dispatch::static_dimensions<XView, CodebookView>()>(
-        args, {tally.loss, tally.histogram, tally.rows_without}, stream);
+        CUVQ_CHECK_CUDA(cudaMemsetAsync(m.tally.histogram, 0,
+                                        static_cast<std::size_t>(s.codes + 1) * sizeof(*m.tally.histogram), stream));
+    const std::int64_t losses =
+        dispatch::quantize<dispatch::static_dimensions<XView, CodebookView>()>(args, m.tally, m.search, stream);
     if (params.stats) {
         kernel::stats_parts parts;
-        parts.loss = tally.loss;
-        parts.loss_count = s.vectors > 0 ? dispatch::search_blocks(s.vectors) : 0;
+        parts.loss = m.tally.loss;
+        parts.loss_count = losses;
         parts.rows = s.vectors;
         parts.columns = s.dimensions;
-        parts.rows_without = tally.rows_without;
-        parts.histogram = tally.histogram;
+        parts.rows_without = m.tally.rows_without;
+        parts.histogram = m.tally.histogram;
         parts.codes = s.codes;
-        parts.invalid_rows = tally.rows_without;
-        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, parts,
+        parts.invalid_rows = m.tally.rows_without;
+        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0, parts,
                        params.stats);
     }
 }

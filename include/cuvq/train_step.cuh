@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include <cuda_runtime.h>
 
@@ -21,13 +22,13 @@ namespace detail {
 
 struct train_scratch {
     update_scratch update;
-    double* loss = nullptr;                      // [most_search_blocks], with stats
-    unsigned long long* rows_without = nullptr;  // [1], with stats
+    dispatch::search_scratch search;
+    kernel::search_tally tally;  // loss and rows_without, with stats
 
-    train_scratch(carver& c, const shape& s, const train_params& p) : update(c, s, p) {
+    train_scratch(carver& c, const shape& s, const train_params& p) : update(c, s, p), search(c, s) {
         if (p.stats) {
-            loss = c.take<double>(dispatch::most_search_blocks);
-            rows_without = c.take<unsigned long long>(1);
+            tally.loss = c.take<double>(dispatch::most_search_blocks);
+            tally.rows_without = c.take<unsigned long long>(1);
         }
     }
 };
@@ -68,18 +69,21 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
     const detail::scratch memory(function, ws, train_step_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
     const detail::train_scratch m(c, s, params);
-    if (params.stats) CUVQ_CHECK_CUDA(cudaMemsetAsync(m.rows_without, 0, sizeof(*m.rows_without), stream));
-    dispatch::quantize<dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
-        args.quantize, {m.loss, nullptr, m.rows_without}, stream);
-    detail::update(args.update, params, true, m.update, stream);
+    if (params.stats) CUVQ_CHECK_CUDA(cudaMemsetAsync(m.tally.rows_without, 0, sizeof(*m.tally.rows_without), stream));
+    const std::int64_t losses = dispatch::quantize<dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
+        args.quantize, m.tally, m.search, stream);
+    // The search marked the rows that are not finite, except where the mark is a code itself (K = 2^bits).
+    const bool trusted = static_cast<std::uint64_t>(s.codes) <=
+                         static_cast<std::uint64_t>(std::numeric_limits<detail::value_of<CodesView>>::max());
+    detail::update(args.update, params, trusted, m.update, stream);
     if (params.stats) {
         kernel::stats_parts parts = m.update.tally.parts(m.update.counts, s.codes);
-        parts.loss = m.loss;
-        parts.loss_count = s.vectors > 0 ? dispatch::search_blocks(s.vectors) : 0;
+        parts.loss = m.tally.loss;
+        parts.loss_count = losses;
         parts.rows = s.vectors;
         parts.columns = s.dimensions;
-        parts.rows_without = m.rows_without;
-        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, parts,
+        parts.rows_without = m.tally.rows_without;
+        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0, parts,
                        params.stats);
     }
 }

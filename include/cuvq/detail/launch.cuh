@@ -66,13 +66,15 @@ inline unsigned blocks_for(std::int64_t work, std::int64_t per_block, std::int64
     return static_cast<unsigned>(std::min(most, std::max<std::int64_t>(1, (work - 1) / per_block + 1)));
 }
 
+/// `shared_bytes`: dynamic shared memory.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
-            Arguments&&... arguments) {
+            std::size_t shared_bytes, Arguments&&... arguments) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(threads);
     config.stream = stream;
+    config.dynamicSmemBytes = shared_bytes;
     CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 }
 

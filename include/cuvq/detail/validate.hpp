@@ -188,8 +188,8 @@ inline void check_extent(const char* function, const char* argument, const char*
 }
 
 inline void check_not_empty(const char* function, const char* argument, std::int64_t rows, std::int64_t columns) {
-    if (rows < 1) bad_argument(function, argument, "K = 0 rows", "at least 1");
-    if (columns < 1) bad_argument(function, argument, "D = 0 columns", "at least 1");
+    if (rows < 1) bad_argument(function, argument, "K = " + text(rows) + " rows", "at least 1");
+    if (columns < 1) bad_argument(function, argument, "D = " + text(columns) + " columns", "at least 1");
 }
 
 // ---- what is written may not overlap what is read or written elsewhere ------------------------------------------
@@ -405,7 +405,8 @@ struct quantize_args {
 
 template <class XView, class CodebookView, class CodesView, class QuantizedView, class DistancesView>
 auto validate_quantize(const char* function, const XView& x, const CodebookView& codebook, const CodesView& codes,
-                       const QuantizedView& quantized, const DistancesView& distances, const quantize_params& params) {
+                       const QuantizedView& quantized, const DistancesView& distances, const quantize_params& params,
+                       const char* codebook_name = "codebook") {
     CUVQ_ASSERT_MATRIX(XView, "x");
     CUVQ_ASSERT_ELEMENT(XView, "x");
     CUVQ_ASSERT_MATRIX(CodebookView, "codebook");
@@ -421,8 +422,8 @@ auto validate_quantize(const char* function, const XView& x, const CodebookView&
     using C = value_of<CodebookView>;
 
     quantize_args<X, C> a;
-    a.codebook = read_only(to_matrix(function, "codebook", codebook));
-    check_not_empty(function, "codebook", a.codebook.rows, a.codebook.columns);
+    a.codebook = read_only(to_matrix(function, codebook_name, codebook));
+    check_not_empty(function, codebook_name, a.codebook.rows, a.codebook.columns);
     a.x = read_only(to_matrix(function, "x", x));
     check_extent(function, "x", "columns", a.x.columns, a.codebook.columns, "the columns of the codebook");
     a.codes = to_codes(function, "codes", codes, a.codebook.rows);
@@ -448,7 +449,7 @@ auto validate_quantize(const char* function, const XView& x, const CodebookView&
                     {"quantized", a.quantized},
                     {"distances", a.distances},
                     {"params.stats", params.stats, sizeof(step_stats)}},
-                   {{"x", a.x}, {"codebook", a.codebook}});
+                   {{"x", a.x}, {codebook_name, a.codebook}});
     return a;
 }
 
@@ -587,7 +588,7 @@ auto validate_train_step(const char* function, const State& state, const XView& 
     quantize_params search;
     search.metric = params.metric;
     search.accuracy = params.accuracy;
-    a.quantize = validate_quantize(function, x, state.codebook, codes, quantized, discard, search);
+    a.quantize = validate_quantize(function, x, state.codebook, codes, quantized, discard, search, "state.codebook");
     check_state_disjoint(
         function, a.update.state,
         {{"codes", a.quantize.codes},

@@ -4,26 +4,49 @@
 //
 // What "exact" means. The code of a row is the lowest k that minimises
 //     d64(x, c) = ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7)),
-//     pj = sum over d = j, j + 8, j + 16, ... in that order of fma(x_d - c_d, x_d - c_d, pj),
-// every operation rounded to double (`exact_distance`). With e64 = (D + 8) 2^-52, |d64 - d| <= e64 d for the real
+//     pj = sum, in ascending order of d, over all d with floor(d / 4) mod 8 = j of fma(x_d - c_d, x_d - c_d, pj),
+// every operation rounded to double (`exact_distances`). With e64 = (D + 8) 2^-52, |d64 - d| <= e64 d for the real
 // distance d: a difference of two floats has one rounding, its square two of those and one of the fma, and no sum is
-// longer than D / 8 + 3; floats are too large and too small to overflow or underflow a double's square.
+// longer than D; floats are too large and too small to overflow or underflow a double's square.
 //
-// What the filter knows (arch/simt.cuh). It sums fl(x_d - c_d)^2 in float by fma, in any order. With u = 2^-24 and
-// every rounding written out, its value f satisfies
+// The SIMT filter (arch/simt.cuh) sums fl(x_d - c_d)^2 in float by fma, in any order. With u = 2^-24 and every rounding
+// written out, its value f satisfies
 //     |f - d| <= e d + t,   e = (D + 8) u,   t = D 2^-120.
 // A difference contributes 1 + 2u at most (one rounding; the second u pays for subnormals that a compiler flag may
 // flush: a flushed operand changes a difference above 2^-100 by less than u of itself, and below that the square is
 // under 2^-200, which t covers); its square doubles that; each of at most D additions contributes 1 + u. So all
 // factors lie within (1 + u)^(D + 4), which is at most 1 + (D + 8) u, and at least 1 - (D + 8) u, while
 // (D + 8) u <= 2^-4. Underflow of a product or a sum adds at most 2^-125 each.
-//
-// Why nothing is missed. Let b have the least f, and w be the exact code. Then d64_w <= d64_b, so
+//   Let b have the least f, and w be the exact code. Then d64_w <= d64_b, so
 //     d_w <= d_b (1 + e64) / (1 - e64),
 //     f_w <= (1 + e) d_w + t <= (1 + e)(1 + 3 e64) / (1 - e) (f_b + t) + t <= (1 + 3 e) f_b + 3 t,
 // using e <= 2^-4 and e64 far below u. `filter_limit` is that right-hand side, rounded up. Codes with f above it
 // cannot win. Overflow: f may be Inf where d is finite, but only where d > 2^127; the limit is trusted up to 2^126,
 // so such codes lose rightly, and where the limit itself is larger (or NaN) the row takes the full float64 pass.
+//
+// The tensor-core filter (kernel/quantize_sm90.cuh) compares scores. With any centre m and powers of two s and t (t the
+// row's own), X = t s (x - m), C_k = s (c_k - m) and n_k = g - |C_k|^2 / 2 for any g,
+//     S_k = X . C_k + t n_k = const(x) - t s^2 |x - c_k|^2 / 2,
+// so the nearest code has the largest S. It computes S^_k from X^ = fp16(X), C^ = fp16(C) and n_k in three halves. By
+// Cauchy-Schwarz and the triangle inequality, |S^_k - S_k| is at most the sum of
+//   operands      |X| |C - C^| + |X - X^| |C^|, since X.C - X^.C^ = X.(C - C^) + (X - X^).C^. Both residuals are measured
+//                 when converting (subnormals and saturation show in them), in double for C; for x, x - m is rounded
+//                 once in float, which adds 2^-23 |X| to |X - X^| with room to spare;
+//   accumulation  products of halves are exact in float. Each of D / 16 + 1 steps adds 16 of them to the accumulator.
+//                 How it aligns and cuts the 17 terms is not documented; measurements see each cut below the last of
+//                 at least 24 bits of the largest (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor
+//                 cores", 2021). We allow 2^-22 of the largest term, four times that, for each of the 17. No term
+//                 exceeds |X^| |C^| + t |n|: a partial sum of products is at most |X^| |C^|;
+//   norm          t |n_k - three halves|, measured in double;
+//   float64       the distance of scores that d64 cannot tell apart: e64 of t s^2 |x - c|^2, at most
+//                 (D + 8) 2^-50 (|X| + t |C|)^2 / t with the slack of its own evaluation.
+// `score_error` is the sum, e, with the norms of C their maxima over the codebook; the factors by which the callers round
+// their norms up (1.0005, 1.0001) pay for the float arithmetic that evaluates it. If b has the largest S^ and w is the
+// exact code, S^_w >= S_w - e >= S_b - e >= S^_b - 2 e: codes below that cannot win. Tagging a score's low 5 bits moves
+// it by less than 2^-18 of itself, two scores by 2^-17: the limit is lowered by that of the best. The comparison is one of
+// integers, right for positive floats only: a row whose limit is not above 0, or is NaN because a norm is (the row or
+// a code did not fit fp16), takes the full float64 pass. Codes that are not finite have n = -60000 t, so they lose to
+// any positive limit.
 #pragma once
 
 #include <cstddef>
@@ -31,28 +54,140 @@
 
 #include <cuda_runtime.h>
 
+#include <cuvq/views.hpp>
+
 namespace cuvq::device {
 
-/// Threads that compute one exact distance together: eight consecutive lanes of a warp.
+/// Threads that compute one exact distance together: eight consecutive lanes of a warp, aligned to eight.
 inline constexpr int exact_lanes = 8;
 
-/// The eight lanes of this thread's group, as a mask.
-__device__ inline unsigned exact_mask(unsigned lane) { return 0xFFu << (lane & 24u); }
+/// Whether four elements at a time can be loaded from `p`.
+template <class T>
+__device__ bool is_aligned4(const T* p) {
+    return reinterpret_cast<std::uintptr_t>(p) % (4 * sizeof(T)) == 0;
+}
 
-/// d64(x, c) of the head comment, of rows of `columns` elements in any memory. Called by all eight lanes of a group
-/// (aligned to 8 in the warp), with the same arguments; every lane gets the sum. Not finite if an element is not.
-template <class X, class C>
-__device__ double exact_distance(const X* x, const C* c, std::int64_t columns) {
-    const unsigned lane = threadIdx.x & 31u, mask = exact_mask(lane);
-    double sum = 0;
-    for (std::int64_t d = lane & 7u; d < columns; d += exact_lanes) {
-        const double difference =
-            __dsub_rn(static_cast<double>(static_cast<float>(x[d])), static_cast<double>(static_cast<float>(c[d])));
-        sum = __fma_rn(difference, difference, sum);
+/// Four consecutive elements, as float, in one load.
+template <class T>
+__device__ float4 load4(const T* p) {
+    if constexpr (sizeof(T) == 4) {
+        return *reinterpret_cast<const float4*>(p);
+    } else {
+        const uint2 raw = *reinterpret_cast<const uint2*>(p);
+        const T* v = reinterpret_cast<const T*>(&raw);
+        return {static_cast<float>(v[0]), static_cast<float>(v[1]), static_cast<float>(v[2]), static_cast<float>(v[3])};
+    }
+}
+
+/// Four consecutive elements of a row from `column` on, as float, zeros from `columns` on.
+template <class T>
+__device__ float4 load4(const T* row, std::int64_t column, std::int64_t columns) {
+    const auto at = [&](std::int64_t d) { return d < columns ? static_cast<float>(row[d]) : 0.0f; };
+    return {at(column), at(column + 1), at(column + 2), at(column + 3)};
+}
+
+/// d64(x, c) of the head comment for several codes at once, of rows of `columns` elements in any memory. Called by all
+/// eight lanes of a group with the same arguments; every lane gets the sums. Not finite if an element is not.
+template <int Codes, class X, class C>
+__device__ void exact_distances(const X* x, const C* const (&codes)[Codes], std::int64_t columns,
+                                double (&distances)[Codes]) {
+    const unsigned lane = threadIdx.x & 31u, mask = 0xFFu << (lane & 24u);
+    const std::int64_t first = 4 * (lane & 7u);
+#pragma unroll
+    for (int k = 0; k < Codes; ++k) distances[k] = 0;
+    const auto add = [&](const float4& a, const float4(&b)[Codes]) {
+        const auto square = [](double& sum, float u, float v) {
+            const double difference = __dsub_rn(static_cast<double>(u), static_cast<double>(v));
+            sum = __fma_rn(difference, difference, sum);
+        };
+#pragma unroll
+        for (int k = 0; k < Codes; ++k) {
+            square(distances[k], a.x, b[k].x);
+            square(distances[k], a.y, b[k].y);
+            square(distances[k], a.z, b[k].z);
+            square(distances[k], a.w, b[k].w);
+        }
+    };
+    bool aligned = columns % 4 == 0 && is_aligned4(x);
+#pragma unroll
+    for (int k = 0; k < Codes; ++k) aligned = aligned && is_aligned4(codes[k]);
+    float4 b[Codes];
+    if (aligned) {  // one branch for all loads, so that they overlap
+#pragma unroll(Codes == 1 ? 4 : 2)
+        for (std::int64_t d = first; d < columns; d += 4 * exact_lanes) {
+            const float4 a = load4(x + d);
+#pragma unroll
+            for (int k = 0; k < Codes; ++k) b[k] = load4(codes[k] + d);
+            add(a, b);
+        }
+    } else {  // beyond the end both are 0, which adds nothing
+        for (std::int64_t d = first; d < columns; d += 4 * exact_lanes) {
+            const float4 a = load4(x, d, columns);
+#pragma unroll
+            for (int k = 0; k < Codes; ++k) b[k] = load4(codes[k], d, columns);
+            add(a, b);
+        }
     }
 #pragma unroll
-    for (int step = 1; step < exact_lanes; step *= 2) sum = __dadd_rn(sum, __shfl_xor_sync(mask, sum, step));
-    return sum;
+    for (int step = 1; step < exact_lanes; step *= 2)
+#pragma unroll
+        for (int k = 0; k < Codes; ++k)
+            distances[k] = __dadd_rn(distances[k], __shfl_xor_sync(mask, distances[k], step));
+}
+
+/// As `exact_distances`, of one code.
+template <class X, class C>
+__device__ double exact_distance(const X* x, const C* code, std::int64_t columns) {
+    const C* const codes[1] = {code};
+    double distance[1];
+    exact_distances(x, codes, columns, distance);
+    return distance[0];
+}
+
+/// Whether (distance, code) comes before (other_distance, other_code): nearer, or as near and lower.
+__device__ inline bool comes_before(double distance, std::int64_t code, double other_distance,
+                                    std::int64_t other_code) {
+    return distance < other_distance || (distance == other_distance && code < other_code);
+}
+
+/// The nearest code that a thread has seen; -1 before the first.
+struct exact_choice {
+    double distance = __builtin_huge_val();
+    std::int64_t code = -1;
+
+    __device__ void consider(double d, std::int64_t k) {
+        if (isfinite(d) && (code < 0 || comes_before(d, k, distance, code))) {
+            distance = d;
+            code = k;
+        }
+    }
+    /// Takes over the choice of the lane `lane ^ step`, if better.
+    __device__ void merge(unsigned mask, int step) {
+        const double d = __shfl_xor_sync(mask, distance, step);
+        const std::int64_t k = __shfl_xor_sync(mask, code, step);
+        if (k >= 0) consider(d, k);
+    }
+};
+
+/// Considers the codes at(0) .. at(count - 1), those that group `group` of `groups` groups of eight lanes is to take:
+/// four at a time, so that their loads overlap. `at` may name a code twice.
+template <class X, class C, class At>
+__device__ void consider_codes(exact_choice& choice, const X* row, const matrix_ref<const C>& codebook,
+                               std::int64_t columns, std::int64_t count, int group, int groups, At at) {
+    constexpr int batch = 4;
+    for (std::int64_t i = std::int64_t{group} * batch; i < count; i += std::int64_t{groups} * batch) {
+        std::int64_t k[batch];
+        const C* codes[batch];
+#pragma unroll
+        for (int j = 0; j < batch; ++j) {
+            k[j] = at(i + j < count ? i + j : count - 1);
+            codes[j] = codebook.row(k[j]);
+        }
+        double distances[batch];
+        exact_distances(row, reinterpret_cast<const C* const(&)[batch]>(codes), columns, distances);
+#pragma unroll
+        for (int j = 0; j < batch; ++j) choice.consider(distances[j], k[j]);
+    }
 }
 
 /// The largest filter value that the exact code can have when the least one is `least`, or NaN where the filter
@@ -66,10 +201,26 @@ __device__ inline float filter_limit(float least, std::int64_t columns) {
     return limit <= largest ? limit : __int_as_float(0x7FC00000);
 }
 
-/// Whether (distance, code) comes before (other_distance, other_code): nearer, or as near and lower.
-__device__ inline bool comes_before(double distance, std::int64_t code, double other_distance,
-                                    std::int64_t other_code) {
-    return distance < other_distance || (distance == other_distance && code < other_code);
+/// What the tensor-core filter knows of the codebook: largest norms over all codes, rounded up.
+struct score_bounds {
+    float norm = 0;         ///< |C^|
+    float residual = 0;     ///< |C - C^|
+    float offset = 0;       ///< |n|
+    float offset_rest = 0;  ///< |n - (n in three halves)|
+};
+
+/// Bound of |S^ - S| for one row and every code: the head comment's e.
+/// @param length    |X|, at least
+/// @param residual  |X - X^|, at least
+/// @param factor    t, the row's own power of two
+/// @param steps     k16 steps of the product
+__device__ inline float score_error(float length, float residual, float factor, const score_bounds& c, int steps) {
+    const float image = length + residual, code = c.norm + c.residual;
+    const float spread = image + factor * code;
+    const float operand = length * c.residual + residual * c.norm;
+    const float accumulation = static_cast<float>(17 * steps) * 0x1p-22f * (image * c.norm + factor * c.offset);
+    const float exact = static_cast<float>(16 * steps + 8) * 0x1p-50f * __fdividef(spread * spread, factor);
+    return 1.0001f * (operand + accumulation + factor * c.offset_rest + exact);
 }
 
 }  // namespace cuvq::device

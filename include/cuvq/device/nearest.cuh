@@ -58,37 +58,28 @@ __device__ std::int64_t settle(const contenders& mine, const X* row, const matri
     const bool complete = limit == limit && !missed;
     if (complete && __popc(firsts) + __popc(seconds) == 1) return __shfl_sync(half, mine.first_code, __ffs(firsts) - 1);
 
-    // Each group of eight lanes takes every other candidate, or every other code of the whole codebook.
+    // Each of the two groups of eight lanes takes its share of the candidates, or of the whole codebook.
     const int group = (lane & 8u) ? 1 : 0;
-    double best = __builtin_huge_val();
-    std::int64_t code = -1;
-    const auto consider = [&](std::int64_t k) {
-        const double distance = exact_distance(row, codebook.row(k), columns);
-        if (isfinite(distance) && comes_before(distance, k, best, code)) {
-            best = distance;
-            code = k;
-        }
-    };
+    exact_choice choice;
     if (complete) {
         int turn = 0;
-        for (unsigned left = firsts; left != 0; left &= left - 1, ++turn) {
-            const std::int64_t k = __shfl_sync(half, mine.first_code, __ffs(left) - 1);
-            if (turn % 2 == group) consider(k);
-        }
-        for (unsigned left = seconds; left != 0; left &= left - 1, ++turn) {
-            const std::int64_t k = __shfl_sync(half, mine.second_code, __ffs(left) - 1);
-            if (turn % 2 == group) consider(k);
-        }
+        const auto take = [&](unsigned left, std::int64_t code) {
+            for (; left != 0; left &= left - 1, ++turn) {
+                const std::int64_t k = __shfl_sync(half, code, __ffs(left) - 1);
+                if (turn % 2 == group) choice.consider(exact_distance(row, codebook.row(k), columns), k);
+            }
+        };
+        take(firsts, mine.first_code);
+        take(seconds, mine.second_code);
     } else {
         bool finite = true;
         for (std::int64_t d = lane & 15u; d < columns; d += 16) finite = finite && isfinite(static_cast<float>(row[d]));
         if (!__all_sync(half, finite)) return -1;
-        for (std::int64_t k = group; k < codebook.rows; k += 2) consider(k);
+        consider_codes(choice, row, codebook, columns, codebook.rows, group, 2, [](std::int64_t i) { return i; });
     }
     __syncwarp(half);
-    const double other = __shfl_xor_sync(half, best, 8);
-    const std::int64_t other_code = __shfl_xor_sync(half, code, 8);
-    return other_code >= 0 && (code < 0 || comes_before(other, other_code, best, code)) ? other_code : code;
+    choice.merge(half, 8);
+    return choice.code;
 }
 
 /// The nearest codebook row of each of up to `Policy::rows` vectors: exact, as `cuvq::quantize` means it. For use

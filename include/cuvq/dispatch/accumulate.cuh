@@ -84,17 +84,17 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, bool trusted, con
         kernel::sorted_rows s{m.keys[0], m.rows[0], count, first, m.run, m.partial_sums, m.partial_counts};
         const bool onto = add || first > 0;
         if (count > 0) {
-            detail::launch(kernel::sort_keys<X>, detail::blocks_for(count, 8, most), 256, stream, a.x, a.codes,
+            detail::launch(kernel::sort_keys<X>, detail::blocks_for(count, 8, most), 256, stream, 0, a.x, a.codes,
                            a.weights, codes, trusted, first, count, m.keys[0], m.rows[0]);
             const int sorted = sort_rows(m, count, codes, stream);
             s.keys = m.keys[sorted];
             s.rows = m.rows[sorted];
             const std::int64_t work = ((count - 1) / m.run + 1) * slices;
             detail::launch(kernel::sum_runs<sum_tile, X>, detail::blocks_for(work, sum_tile::threads / 32, most),
-                           sum_tile::threads, stream, a, s, onto);
+                           sum_tile::threads, stream, 0, a, s, onto);
         }
         detail::launch(kernel::merge_runs<sum_tile, X>, detail::blocks_for(codes * slices, 1, most), sum_tile::threads,
-                       stream, a, s, onto, invalid_rows);
+                       stream, 0, a, s, onto, invalid_rows);
         first += count;
     } while (first < a.x.rows);
 }

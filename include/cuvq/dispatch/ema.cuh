@@ -40,9 +40,9 @@ void ema_apply(const detail::ema_args<T, R>& a, const ema_params& p, const ema_s
     step.keep = static_cast<float>(p.decay);
     step.take = static_cast<float>(1.0 - p.decay);
     if (needs_total(p))
-        detail::launch(kernel::sum_sizes<threads, T, R>, kernel::total_parts, threads, stream, a, p, step, m.parts);
+        detail::launch(kernel::sum_sizes<threads, T, R>, kernel::total_parts, threads, stream, 0, a, p, step, m.parts);
     detail::launch(kernel::ema_apply<threads, T, R>,
-                   detail::blocks_for(a.counts.size, threads / 32, kernel::most_ema_blocks), threads, stream, a, p,
+                   detail::blocks_for(a.counts.size, threads / 32, kernel::most_ema_blocks), threads, stream, 0, a, p,
                    step, needs_total(p) ? m.parts : nullptr, tally.restarted, tally.skipped);
 }
 

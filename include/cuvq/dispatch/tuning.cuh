@@ -14,6 +14,21 @@ struct simt_tile {
     static constexpr int depth = 16;
 };
 
+/// `kernel/quantize_sm90.cuh`: operands of `steps` times 16 columns (D + 3 of them in use), up to `consumers`
+/// warpgroups of 64 rows, each with `row_buffers` operands of rows, and `stages` tiles of 128 codes in flight.
+template <int Steps, int Consumers, int RowBuffers, int Stages>
+struct sm90_tile {
+    static constexpr int steps = Steps;
+    static constexpr int consumers = Consumers;
+    static constexpr int row_buffers = RowBuffers;
+    static constexpr int stages = Stages;
+    static constexpr int dimensions = 16 * Steps - 3;  // at most
+};
+using sm90_d13 = sm90_tile<1, 2, 2, 8>;
+using sm90_d77 = sm90_tile<5, 2, 2, 6>;
+using sm90_d141 = sm90_tile<9, 2, 2, 4>;
+using sm90_d269 = sm90_tile<17, 2, 1, 2>;
+
 /// `kernel/accumulate.cuh`: a warp sums `columns` columns of a run of sorted rows.
 struct sum_tile {
     static constexpr int threads = 128;

@@ -250,8 +250,15 @@ template <class State, class XView, class CodesView, class QuantizedView = disca
 void train_step(const State& state, const XView& x, const CodesView& codes, const QuantizedView& quantized = discard,
                 const train_params& params = {}) {
     const auto args = cuvq::detail::validate_train_step("reference::train_step", state, x, codes, quantized, params);
-    const step_stats search = detail::quantize(args.quantize);
-    step_stats stats = detail::ema_update(args.update, params);
+    // The update takes codes wide enough for -1: in the caller's type that may be a code, where K = 2^bits.
+    std::vector<std::int64_t> chosen(static_cast<std::size_t>(args.quantize.x.rows));
+    auto quantize_args = args.quantize;
+    quantize_args.codes = {chosen.data(), args.quantize.codes.size, code_type::int64};
+    const step_stats search = detail::quantize(quantize_args);
+    for (std::int64_t i = 0; i < args.quantize.codes.size; ++i) args.quantize.codes.store(i, chosen[i]);
+    auto update_args = args.update;
+    update_args.codes = cuvq::detail::read_only(quantize_args.codes);
+    step_stats stats = detail::ema_update(update_args, params);
     stats.commitment_loss = search.commitment_loss;
     if (params.stats) *params.stats = stats;
 }

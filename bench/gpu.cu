@@ -1,0 +1,431 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// The rows that run on the GPU: the card's ceilings; then, for each shape and type, floors, peers, cuvq.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include <benchmark/benchmark.h>
+#include <cuda_runtime.h>
+
+#include <cuvq/cuvq.cuh>
+
+#include "backends.hpp"
+#include "check.cuh"
+#include "peers.cuh"
+#include "problem.cuh"
+#include "timing.cuh"
+
+namespace cuvq::bench {
+
+namespace {
+
+/// A problem, and what its codes should be, computed when first asked for.
+template <class X>
+struct judged_problem : any_problem {
+    judged_problem(const cuvq::shape& s, data_kind kind, int sets) : data(s, kind, sets) {}
+
+    const code_oracle<X>& oracle() {
+        if (!oracle_) oracle_ = std::make_unique<code_oracle<X>>(data);
+        return *oracle_;
+    }
+
+    problem<X> data;
+
+private:
+    std::unique_ptr<code_oracle<X>> oracle_;
+};
+
+/// What the rows of a run share.
+class session {
+public:
+    session(const options& o, report& r) : settings(o), out(r), watch(o.seconds) {
+        int device = 0;
+        CUVQ_CHECK_CUDA(cudaGetDevice(&device));
+        CUVQ_CHECK_CUDA(cudaGetDeviceProperties(&card, device));
+    }
+
+    /// The current problem if it is that one, else a new one in its place.
+    template <class X>
+    judged_problem<X>& get(const cuvq::shape& s) {
+        auto* p = dynamic_cast<judged_problem<X>*>(held_.get());
+        if (!p || !same(p->data.shape, s)) {
+            held_.reset();
+            auto fresh = std::make_unique<judged_problem<X>>(s, settings.data,
+                                                             input_sets(s, sizeof(X), card.l2CacheSize, settings.cold));
+            p = fresh.get();
+            held_ = std::move(fresh);
+        }
+        return *p;
+    }
+
+    const blas& cublas() {
+        if (!blas_) blas_ = std::make_unique<blas>();
+        return *blas_;
+    }
+
+    const options& settings;
+    report& out;
+    stopwatch watch;
+    cudaDeviceProp card{};
+
+private:
+    std::unique_ptr<blas> blas_;
+    std::unique_ptr<any_problem> held_;
+};
+
+constexpr auto nothing = [] {};
+
+/// Registers a row: body(state, row). What it throws ends up in the row.
+template <class Body>
+void add(session& s, row r, Body body) {
+    r.hard = r.test != "ceiling" && s.settings.data == data_kind::hard;
+    const auto run = [&s, r, body](benchmark::State& state) {
+        try {
+            body(state, r);
+        } catch (const skipped& e) {
+            state.SkipWithError((std::string("skipped: ") + e.what()).c_str());
+        } catch (const std::exception& e) {
+            cudaGetLastError();
+            s.out.fail(r);
+            state.SkipWithError(e.what());
+        }
+    };
+    // One iteration: the samples and their median are made here.
+    benchmark::RegisterBenchmark(r.name().c_str(), run)->UseManualTime()->Iterations(1)->Unit(benchmark::kMicrosecond);
+}
+
+// ---- the card and its floors ----------------------------------------------------------------------------------------
+
+void add_ceilings(session& s) {
+    add(s, {"ceiling", "copy", "", {}, ""}, [&s](benchmark::State& state, const row& r) {
+        const buffer<float> from(std::int64_t{1} << 28), to(from.size());
+        fill_x<<<loop_blocks, loop_threads>>>(from.data(), data_kind::normal, from.size(), cuvq::shape{1, 1, 1});
+        CUVQ_CHECK_CUDA(cudaDeviceSynchronize());
+        const auto m = s.watch.time(1, nothing, [&](int) {
+            CUVQ_CHECK_CUDA(
+                cudaMemcpyAsync(to.data(), from.data(), from.bytes(), cudaMemcpyDeviceToDevice, s.watch.stream()));
+        });
+        const work w{0, 2.0 * static_cast<double>(from.bytes())};
+        s.out.most_bytes = w.bytes / m.us;
+        s.out.write(state, r, m, w);
+    });
+    add(s, {"ceiling", product_peer, "", {}, ""}, [&s](benchmark::State& state, const row& r) {
+        const cuvq::shape big{8192, 8192, 8192};
+        const problem<__half> p(big, data_kind::normal, 1);
+        const half_product<__half, __half> product(s.cublas(), p);
+        const auto m = s.watch.time(1, nothing, [&](int set) { product(set, s.watch.stream()); });
+        const work w = product_work(big, 6.0 * 8192 * 8192);
+        s.out.most_flops = w.flops / m.us;
+        s.out.write(state, r, m, w);
+    });
+}
+
+template <class X>
+void add_floors(session& s, const cuvq::shape& shape, const char* type) {
+    const double bytes = vector_bytes(shape, sizeof(X));
+    add(s, {"floor", "copy_x", type, shape, ""}, [&s, bytes](benchmark::State& state, const row& r) {
+        const auto& p = s.get<X>(r.shape).data;
+        const buffer<X> to(r.shape.vectors * r.shape.dimensions);
+        const auto m = s.watch.time(p.sets, nothing, [&](int set) {
+            CUVQ_CHECK_CUDA(cudaMemcpyAsync(to.data(), p.x_of(set).data_handle(), to.bytes(), cudaMemcpyDeviceToDevice,
+                                            s.watch.stream()));
+        });
+        s.out.write(state, r, m, {0, 2 * bytes});
+    });
+    add(s, {"floor", "read_x", type, shape, ""}, [&s, bytes](benchmark::State& state, const row& r) {
+        const auto& p = s.get<X>(r.shape).data;
+        const buffer<unsigned> out(1);
+        // The last few bytes of a size that is no multiple of 16 are not missed.
+        const auto vectors = static_cast<std::int64_t>(bytes) / 16;
+        const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(loop_blocks, vectors / loop_threads + 1));
+        const auto m = s.watch.time(p.sets, nothing, [&](int set) {
+            read_all<<<blocks, loop_threads, 0, s.watch.stream()>>>(
+                reinterpret_cast<const uint4*>(p.x_of(set).data_handle()), vectors, out.data());
+            CUVQ_CHECK_CUDA(cudaGetLastError());
+        });
+        s.out.write(state, r, m, {0, bytes});
+    });
+}
+
+// ---- peers ----------------------------------------------------------------------------------------------------------
+
+/// Times the candidates that `try_next` makes and keeps the fastest: try_next(i) gives {its label, its time}. One that
+/// needs too much memory does not count if another does not.
+template <class TryNext>
+std::pair<std::string, measured> fastest(int candidates, TryNext&& try_next) {
+    std::pair<std::string, measured> best;
+    std::string reason;
+    for (int i = 0; i < candidates; ++i) {
+        try {
+            auto next = try_next(i);
+            if (best.second.us == 0 || next.second.us < best.second.us) best = std::move(next);
+        } catch (const skipped& e) {
+            reason = e.what();
+        }
+    }
+    if (best.second.us == 0) throw skipped(reason);
+    return best;
+}
+
+template <class X>
+void add_product_argmin(session& s, const cuvq::shape& shape, const char* type, const char* who,
+                        cublasComputeType_t compute) {
+    add(s, {"quantize", who, type, shape, "codes"}, [&s, compute](benchmark::State& state, const row& r) {
+        auto& judged = s.get<X>(r.shape);
+        const auto& p = judged.data;
+        const auto pieces = product_argmin<X>::pieces(p.shape, s.card.l2CacheSize);
+        const auto [label, m] = fastest(static_cast<int>(pieces.size()), [&](int i) {
+            const product_argmin<X> peer(s.cublas(), p, compute, pieces[i]);
+            const auto time = s.watch.time(
+                p.sets, [&] { p.codes.poison(s.watch.stream()); }, [&](int set) { peer(set, s.watch.stream()); });
+            return std::pair(pieces[i] < p.shape.vectors ? std::to_string(pieces[i]) + " rows at a time" : "whole",
+                             time);
+        });
+        s.out.write(state, r, m, quantize_work(p.shape, sizeof(X), false), judged.oracle().judge(p.codes.data()),
+                    label);
+    });
+}
+
+template <class X>
+void add_half_product(session& s, const cuvq::shape& shape) {
+    add(s, {"quantize", product_peer, "half", shape, ""}, [&s](benchmark::State& state, const row& r) {
+        const auto& p = s.get<X>(r.shape).data;
+        const auto [label, m] = fastest(2, [&](int i) {
+            const auto time = [&](const auto& peer) {
+                return s.watch.time(p.sets, nothing, [&](int set) { peer(set, s.watch.stream()); });
+            };
+            return i == 0 ? std::pair(std::string("half out"), time(half_product<X, __half>(s.cublas(), p)))
+                          : std::pair(std::string("float out"), time(half_product<X, float>(s.cublas(), p)));
+        });
+        const double scores = static_cast<double>(r.shape.vectors) * static_cast<double>(r.shape.codes);
+        s.out.write(state, r, m,
+                    product_work(r.shape, vector_bytes(r.shape, 2) + codebook_bytes(r.shape) / 2 +
+                                              scores * (label == "half out" ? 2 : 4)),
+                    {}, label);
+    });
+}
+
+template <class X>
+void add_one_hot(session& s, const cuvq::shape& shape, const char* type) {
+    add(s, {"accumulate", "cublas_one_hot", type, shape, ""}, [&s](benchmark::State& state, const row& r) {
+        const auto& p = s.get<X>(r.shape).data;
+        p.draw("uniform");
+        const one_hot<X> peer(s.cublas(), p);
+        const auto m = s.watch.time(p.sets, nothing, [&](int set) { peer(set, s.watch.stream()); });
+        peer(0, s.watch.stream());
+        s.watch.wait();
+        s.out.write(state, r, m, accumulate_work(p.shape, sizeof(X)), sum_oracle<X>(p).judge(peer.sums().data()));
+    });
+}
+
+template <class X>
+void add_sort_reduce(session& s, const cuvq::shape& shape, const char* type, const std::string& codes) {
+    add(s, {"accumulate", "cub_sort_reduce", type, shape, codes}, [&s](benchmark::State& state, const row& r) {
+        const auto& p = s.get<X>(r.shape).data;
+        p.draw(r.variant);
+        sort_reduce<X> peer(p);
+        const auto m = s.watch.time(p.sets, nothing, [&](int set) { peer(set, s.watch.stream()); });
+        peer(0, s.watch.stream());
+        s.watch.wait();
+        s.out.write(state, r, m, accumulate_work(p.shape, sizeof(X)), sum_oracle<X>(p).judge(peer.sums().data()));
+    });
+}
+
+template <class X>
+void add_peers(session& s, const cuvq::shape& shape, const char* type) {
+    if (s.settings.wants("quantize")) {
+        if constexpr (std::is_same_v<X, float>) {
+            add_product_argmin<X>(s, shape, type, "cublas_fp32_argmin", CUBLAS_COMPUTE_32F);
+            add_product_argmin<X>(s, shape, type, "cublas_tf32_argmin", CUBLAS_COMPUTE_32F_FAST_TF32);
+        } else {
+            const char* who = std::is_same_v<X, __half> ? "cublas_fp16_argmin" : "cublas_bf16_argmin";
+            add_product_argmin<X>(s, shape, type, who, CUBLAS_COMPUTE_32F);
+        }
+        // Whatever the type of the vectors, this is the product; once is enough.
+        if (type == s.settings.types.front()) add_half_product<X>(s, shape);
+    }
+    if (s.settings.wants("accumulate") || s.settings.wants("ema_update")) {
+        add_one_hot<X>(s, shape, type);
+        for (const auto& codes : s.settings.codes) add_sort_reduce<X>(s, shape, type, codes);
+    }
+}
+
+// ---- cuvq -----------------------------------------------------------------------------------------------------------
+
+/// Codes only, found as `params` say.
+template <class X>
+void add_codes(session& s, const cuvq::shape& shape, const char* type, const char* variant,
+               const quantize_params& params) {
+    add(s, {"quantize", "cuvq", type, shape, variant}, [&s, params](benchmark::State& state, const row& r) {
+        auto& judged = s.get<X>(r.shape);
+        const auto& p = judged.data;
+        const auto m = s.watch.time(
+            p.sets, [&] { p.codes.poison(s.watch.stream()); },
+            [&](int set) {
+                quantize(p.x_of(set), p.codebook_view(), p.codes_of(set), discard, discard, params, {},
+                         s.watch.stream());
+            });
+        s.out.write(state, r, m, quantize_work(p.shape, sizeof(X), false), judged.oracle().judge(p.codes.data()));
+    });
+}
+
+template <class X>
+void add_quantize(session& s, const cuvq::shape& shape, const char* type) {
+    add_codes<X>(s, shape, type, "codes", {});
+    add(s, {"quantize", "cuvq", type, shape, "all"}, [&s](benchmark::State& state, const row& r) {
+        auto& judged = s.get<X>(r.shape);
+        const auto& p = judged.data;
+        const buffer<X> quantized(p.shape.vectors * p.shape.dimensions);
+        const buffer<float> distances(p.shape.vectors);
+        const auto launch = [&](int set) {
+            quantize(p.x_of(set), p.codebook_view(), p.codes_of(set),
+                     matrix_view<X>(quantized.data(), p.shape.vectors, p.shape.dimensions),
+                     vector_view<float>(distances.data(), p.shape.vectors), {}, {}, s.watch.stream());
+        };
+        const auto m = s.watch.time(p.sets, nothing, launch);
+        p.codes.poison(s.watch.stream());
+        quantized.poison(s.watch.stream());
+        distances.poison(s.watch.stream());
+        launch(0);  // the last to run above may have been another set
+        s.watch.wait();
+        s.out.write(state, r, m, quantize_work(p.shape, sizeof(X), true),
+                    judged.oracle().judge(p.codes.data(), quantized.data(), distances.data()));
+    });
+}
+
+template <class X>
+void add_accumulate(session& s, const cuvq::shape& shape, const char* type, const std::string& codes) {
+    add(s, {"accumulate", "cuvq", type, shape, codes}, [&s](benchmark::State& state, const row& r) {
+        const auto& p = s.get<X>(r.shape).data;
+        p.draw(r.variant);
+        const buffer<float> counts(p.shape.codes), sums(p.codebook.size());
+        const buffer<char> memory(static_cast<std::int64_t>(accumulate_workspace_bytes(p.shape)));
+        const auto launch = [&](int set) {
+            accumulate(p.x_of(set), p.codes_of(set), vector_view<float>(counts.data(), p.shape.codes),
+                       matrix_view<float>(sums.data(), p.shape.codes, p.shape.dimensions), {},
+                       {memory.data(), memory.bytes()}, s.watch.stream());
+        };
+        const auto m = s.watch.time(p.sets, nothing, launch);
+        counts.poison(s.watch.stream());
+        sums.poison(s.watch.stream());
+        launch(0);
+        s.watch.wait();
+        s.out.write(state, r, m, accumulate_work(p.shape, sizeof(X)), sum_oracle<X>(p).judge(sums.data()));
+    });
+}
+
+template <class X>
+void add_ema_update(session& s, const cuvq::shape& shape, const char* type, const std::string& codes) {
+    add(s, {"ema_update", "cuvq", type, shape, codes}, [&s](benchmark::State& state, const row& r) {
+        const auto& p = s.get<X>(r.shape).data;
+        p.draw(r.variant);
+        const ema_memory ema(p.codebook, p.shape);
+        const auto params = ema_params::rectokens();
+        const buffer<char> memory(static_cast<std::int64_t>(ema_update_workspace_bytes(p.shape, params)));
+        const auto reset = [&] { ema.reset(s.watch.stream()); };
+        const auto launch = [&](int set) {
+            ema_update(ema.view(), p.x_of(set), p.codes_of(set), params, {memory.data(), memory.bytes()},
+                       s.watch.stream());
+        };
+        const auto m = s.watch.time(p.sets, reset, launch);
+        reset();
+        launch(0);
+        s.watch.wait();
+        s.out.write(state, r, m, ema_update_work(p.shape, sizeof(X)),
+                    sum_oracle<X>(p).judge(ema.view().embed_sum.data_handle(), p.codebook.data(), params.decay,
+                                           1.0 - params.decay));
+    });
+}
+
+template <class X>
+void add_train_step(session& s, const cuvq::shape& shape, const char* type) {
+    add(s, {"train_step", "cuvq", type, shape, ""}, [&s](benchmark::State& state, const row& r) {
+        auto& judged = s.get<X>(r.shape);
+        const auto& p = judged.data;
+        const ema_memory ema(p.codebook, p.shape);
+        const train_params params = ema_params::rectokens();
+        const buffer<char> memory(static_cast<std::int64_t>(train_step_workspace_bytes(p.shape, params)));
+        const auto reset = [&] {
+            ema.reset(s.watch.stream());
+            p.codes.poison(s.watch.stream());
+        };
+        const auto launch = [&](int set) {
+            train_step(ema.view(), p.x_of(set), p.codes_of(set), discard, params, {memory.data(), memory.bytes()},
+                       s.watch.stream());
+        };
+        const auto m = s.watch.time(p.sets, reset, launch);
+        reset();
+        launch(0);
+        s.watch.wait();
+        s.out.write(state, r, m, train_step_work(p.shape, sizeof(X)), judged.oracle().judge(p.codes.data()));
+    });
+}
+
+template <class X>
+void add_shape(session& s, const cuvq::shape& shape, const char* type) {
+    if (s.settings.peers) {
+        add_floors<X>(s, shape, type);
+        add_peers<X>(s, shape, type);
+    }
+    if (s.settings.wants("quantize")) add_quantize<X>(s, shape, type);
+    for (const auto& codes : s.settings.codes) {
+        if (s.settings.wants("accumulate")) add_accumulate<X>(s, shape, type, codes);
+        if (s.settings.wants("ema_update")) add_ema_update<X>(s, shape, type, codes);
+    }
+    if (s.settings.wants("train_step")) add_train_step<X>(s, shape, type);
+}
+
+std::string version_text(int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+std::string cublas_version() {
+    std::string text;
+    for (const auto part : {MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL}) {
+        int value = 0;
+        CUVQ_BENCH_CHECK_CUBLAS(cublasGetProperty(part, &value));
+        text += (text.empty() ? "" : ".") + std::to_string(value);
+    }
+    return text;
+}
+
+}  // namespace
+
+std::string no_gpu() {
+    int devices = 0;
+    const cudaError_t code = cudaGetDeviceCount(&devices);
+    cudaGetLastError();
+    if (code != cudaSuccess) return cudaGetErrorString(code);
+    return devices > 0 ? "" : "no device";
+}
+
+std::shared_ptr<void> register_gpu(const options& o, report& r) {
+    const auto shared = std::make_shared<session>(o, r);
+    session& s = *shared;
+    int runtime = 0, driver = 0;
+    CUVQ_CHECK_CUDA(cudaRuntimeGetVersion(&runtime));
+    CUVQ_CHECK_CUDA(cudaDriverGetVersion(&driver));
+    benchmark::AddCustomContext("device", s.card.name);
+    benchmark::AddCustomContext("compute_capability",
+                                std::to_string(s.card.major) + "." + std::to_string(s.card.minor));
+    benchmark::AddCustomContext("multiprocessors", std::to_string(s.card.multiProcessorCount));
+    benchmark::AddCustomContext("l2_bytes", std::to_string(s.card.l2CacheSize));
+    benchmark::AddCustomContext("cuda_runtime", version_text(runtime));
+    benchmark::AddCustomContext("cuda_driver", version_text(driver));
+    benchmark::AddCustomContext("cublas", cublas_version());
+
+    add_ceilings(s);
+    for (const auto& shape : o.shapes)
+        for (const auto& type : o.types) {
+            if (type == "float") add_shape<float>(s, shape, "float");
+            if (type == "half") add_shape<__half>(s, shape, "half");
+            if (type == "bfloat16") add_shape<__nv_bfloat16>(s, shape, "bfloat16");
+        }
+    return shared;
+}
+
+}  // namespace cuvq::bench

@@ -1,0 +1,421 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// What one would use without cuvq: cuBLAS, CUB, plain copies. Each peer is an object that owns the memory it needs,
+// made outside the timed part, and is called as peer(set, stream).
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
+#include <thrust/iterator/counting_iterator.h>
+#include <thrust/iterator/transform_iterator.h>
+#include <cub/block/block_reduce.cuh>
+#include <cub/device/device_radix_sort.cuh>
+#include <cub/device/device_reduce.cuh>
+#include <cub/device/device_run_length_encode.cuh>
+#include <cub/warp/warp_reduce.cuh>
+
+#include <cuvq/cuda_error.cuh>
+
+#include "problem.cuh"
+
+namespace cuvq::bench {
+
+/// A peer that is not run; the text says why.
+struct skipped : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+/// Most device memory that a peer may take for itself.
+inline constexpr double most_peer_bytes = 40e9;
+
+inline void check_memory(double bytes) {
+    if (bytes > most_peer_bytes)
+        throw skipped("needs " + std::to_string(static_cast<long long>(bytes / 1e9 + 0.5)) + " GB, more than " +
+                      std::to_string(static_cast<long long>(most_peer_bytes / 1e9)));
+}
+
+inline void check_cublas(cublasStatus_t status, const char* call) {
+    if (status != CUBLAS_STATUS_SUCCESS)
+        throw std::runtime_error(std::string(call) + ": " + cublasGetStatusString(status));
+}
+#define CUVQ_BENCH_CHECK_CUBLAS(call) ::cuvq::bench::check_cublas((call), #call)
+
+template <class T>
+constexpr cudaDataType_t cuda_type() {
+    if constexpr (std::is_same_v<T, __half>) return CUDA_R_16F;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) return CUDA_R_16BF;
+    return CUDA_R_32F;
+}
+
+/// cuBLAS with a workspace of its own, so that it can be captured.
+class blas {
+public:
+    blas() : workspace_(std::int64_t{64} << 20) {
+        CUVQ_BENCH_CHECK_CUBLAS(cublasCreate(&handle_));
+        CUVQ_BENCH_CHECK_CUBLAS(cublasSetWorkspace(handle_, workspace_.data(), workspace_.bytes()));
+    }
+    blas(const blas&) = delete;
+    blas& operator=(const blas&) = delete;
+    ~blas() { cublasDestroy(handle_); }
+
+    /// out [rows x columns] = alpha a b^T with a [rows x depth], b [columns x depth], all row-major.
+    template <class T, class Out>
+    void product(const T* a, const T* b, Out* out, std::int64_t rows, std::int64_t columns, std::int64_t depth,
+                 float alpha, cublasComputeType_t compute, cudaStream_t stream) const {
+        gemm(CUBLAS_OP_T, CUBLAS_OP_N, columns, rows, depth, alpha, b, depth, a, depth, out, columns, compute, stream);
+    }
+    /// out [columns x depth] = a^T b with a [rows x columns], b [rows x depth], all row-major.
+    template <class T>
+    void transposed_product(const T* a, const T* b, float* out, std::int64_t rows, std::int64_t columns,
+                            std::int64_t depth, cudaStream_t stream) const {
+        gemm(CUBLAS_OP_N, CUBLAS_OP_T, depth, columns, rows, 1.0f, b, depth, a, columns, out, depth, CUBLAS_COMPUTE_32F,
+             stream);
+    }
+
+private:
+    template <class T, class Out>
+    void gemm(cublasOperation_t first, cublasOperation_t second, std::int64_t m, std::int64_t n, std::int64_t k,
+              float alpha, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, Out* out,
+              std::int64_t out_stride, cublasComputeType_t compute, cudaStream_t stream) const {
+        const float zero = 0;
+        CUVQ_BENCH_CHECK_CUBLAS(cublasSetStream(handle_, stream));
+        // Setting a stream puts the handle's own workspace back.
+        CUVQ_BENCH_CHECK_CUBLAS(cublasSetWorkspace(handle_, workspace_.data(), workspace_.bytes()));
+        CUVQ_BENCH_CHECK_CUBLAS(cublasGemmEx_64(handle_, first, second, m, n, k, &alpha, a, cuda_type<T>(), a_stride, b,
+                                                cuda_type<T>(), b_stride, &zero, out, cuda_type<Out>(), out_stride,
+                                                compute, CUBLAS_GEMM_DEFAULT));
+    }
+
+    buffer<char> workspace_;
+    cublasHandle_t handle_ = nullptr;
+};
+
+// ---- quantize -------------------------------------------------------------------------------------------------------
+
+/// Threads of an argmin block, and of those, a row's.
+inline constexpr int argmin_threads = 256;
+inline int argmin_threads_per_row(std::int64_t codes) { return codes <= 1024 ? 32 : argmin_threads; }
+
+/// Least of scores[i][k] + norms[k] over k, by a warp or a block of CUB's per row.
+template <int Threads>
+__global__ void __launch_bounds__(argmin_threads)
+    argmin(const float* scores, const float* norms, std::int64_t rows, std::int64_t codes, std::int32_t* out) {
+    using pair = cub::KeyValuePair<std::int32_t, float>;
+    using reduce = std::conditional_t<Threads == 32, cub::WarpReduce<pair>, cub::BlockReduce<pair, argmin_threads>>;
+    constexpr int rows_per_block = argmin_threads / Threads;
+    __shared__ typename reduce::TempStorage memory[rows_per_block];
+    const int place = threadIdx.x / Threads, lane = threadIdx.x % Threads;
+    const std::int64_t row = blockIdx.x * std::int64_t{rows_per_block} + place;
+    if (row >= rows) return;
+    const float* mine = scores + row * codes;
+    pair best(0x7FFFFFFF, FLT_MAX);
+    const auto look = [&](std::int64_t k, float score, float norm) {
+        if (score + norm < best.value) best = pair(static_cast<std::int32_t>(k), score + norm);
+    };
+    if (codes % 4 == 0) {
+        for (std::int64_t k = 4 * lane; k < codes; k += 4 * Threads) {
+            const float4 s = *reinterpret_cast<const float4*>(mine + k);
+            const float4 n = *reinterpret_cast<const float4*>(norms + k);
+            look(k, s.x, n.x);
+            look(k + 1, s.y, n.y);
+            look(k + 2, s.z, n.z);
+            look(k + 3, s.w, n.w);
+        }
+    } else {
+        for (std::int64_t k = lane; k < codes; k += Threads) look(k, mine[k], norms[k]);
+    }
+    best = reduce(memory[place]).Reduce(best, cub::ArgMin());
+    if (lane == 0) out[row] = best.key;
+}
+
+static __global__ void square_norms(const float* codebook, cuvq::shape s, float* norms) {
+    for (std::int64_t k = loop_first(); k < s.codes; k += loop_step()) {
+        double sum = 0;
+        for (std::int64_t d = 0; d < s.dimensions; ++d) {
+            const double c = codebook[k * s.dimensions + d];
+            sum += c * c;
+        }
+        norms[k] = static_cast<float>(sum);
+    }
+}
+
+/// -2 x c^T by cuBLAS, `piece` rows at a time, then the argmin of that plus |c|^2. Writes the problem's codes.
+template <class X>
+class product_argmin {
+public:
+    product_argmin(const blas& b, const problem<X>& p, cublasComputeType_t compute, std::int64_t piece)
+        : blas_(b),
+          problem_(p),
+          compute_(compute),
+          piece_(piece),
+          codebook_(converted<X>(p.codebook)),
+          norms_(p.shape.codes),
+          scores_((check_memory(4.0 * static_cast<double>(piece) * static_cast<double>(p.shape.codes)),
+                   piece * p.shape.codes)) {
+        square_norms<<<loop_blocks, loop_threads>>>(p.codebook.data(), p.shape, norms_.data());
+        CUVQ_CHECK_CUDA(cudaGetLastError());
+        CUVQ_CHECK_CUDA(cudaDeviceSynchronize());
+    }
+
+    /// Rows whose scores stay in L2, and rows of the largest matrix there may be.
+    static std::vector<std::int64_t> pieces(const cuvq::shape& s, std::int64_t l2_bytes) {
+        const std::int64_t row = 4 * s.codes;
+        const std::int64_t whole = std::min(s.vectors, static_cast<std::int64_t>(most_peer_bytes) / row);
+        const std::int64_t small = std::max<std::int64_t>(128, l2_bytes / 2 / row / 128 * 128);
+        return small < whole ? std::vector<std::int64_t>{whole, small} : std::vector<std::int64_t>{whole};
+    }
+
+    void operator()(int set, cudaStream_t stream) const {
+        const auto& s = problem_.shape;
+        const X* x = problem_.x_of(set).data_handle();
+        std::int32_t* codes = problem_.codes_of(set).data_handle();
+        for (std::int64_t first = 0; first < s.vectors; first += piece_) {
+            const std::int64_t rows = std::min(piece_, s.vectors - first);
+            blas_.product(x + first * s.dimensions, codebook_.data(), scores_.data(), rows, s.codes, s.dimensions,
+                          -2.0f, compute_, stream);
+            const int per_row = argmin_threads_per_row(s.codes);
+            const auto blocks = static_cast<unsigned>((rows * per_row - 1) / argmin_threads + 1);
+            (per_row == 32 ? argmin<32> : argmin<argmin_threads>)<<<blocks, argmin_threads, 0, stream>>>(
+                scores_.data(), norms_.data(), rows, s.codes, codes + first);
+            CUVQ_CHECK_CUDA(cudaGetLastError());
+        }
+    }
+
+private:
+    const blas& blas_;
+    const problem<X>& problem_;
+    cublasComputeType_t compute_;
+    std::int64_t piece_;
+    buffer<X> codebook_;
+    buffer<float> norms_, scores_;
+};
+
+/// x c^T in half precision, summed in float32, written out as Out.
+template <class X, class Out>
+class half_product {
+public:
+    half_product(const blas& b, const problem<X>& p)
+        : blas_(b),
+          problem_(p),
+          x_(converted<__half>(p.x)),
+          codebook_(converted<__half>(p.codebook)),
+          scores_((check_memory(static_cast<double>(sizeof(Out)) * static_cast<double>(p.shape.vectors) *
+                                static_cast<double>(p.shape.codes)),
+                   p.shape.vectors * p.shape.codes)) {}
+
+    void operator()(int set, cudaStream_t stream) const {
+        const auto& s = problem_.shape;
+        blas_.product(x_.data() + set * problem_.rows * s.dimensions, codebook_.data(), scores_.data(), s.vectors,
+                      s.codes, s.dimensions, 1.0f, CUBLAS_COMPUTE_32F, stream);
+    }
+
+private:
+    const blas& blas_;
+    const problem<X>& problem_;
+    buffer<__half> x_, codebook_;
+    buffer<Out> scores_;
+};
+
+// ---- accumulate -----------------------------------------------------------------------------------------------------
+
+template <class X>
+__global__ void set_one_hot(X* matrix, const std::int32_t* codes, cuvq::shape s) {
+    for (std::int64_t i = loop_first(); i < s.vectors; i += loop_step())
+        matrix[i * s.codes + codes[i]] = static_cast<X>(1.0f);
+}
+
+template <class T>
+__global__ void fill(T* out, T value, std::int64_t size) {
+    for (std::int64_t e = loop_first(); e < size; e += loop_step()) out[e] = value;
+}
+
+/// The N x K one-hot matrix of the codes, in the type of x; counts and sums as its products with ones and x.
+template <class X>
+class one_hot {
+public:
+    one_hot(const blas& b, const problem<X>& p)
+        : blas_(b),
+          problem_(p),
+          matrix_((check_memory(static_cast<double>(sizeof(X)) * static_cast<double>(p.shape.vectors) *
+                                static_cast<double>(p.shape.codes)),
+                   p.shape.vectors * p.shape.codes)),
+          ones_(p.shape.vectors),
+          counts_(p.shape.codes),
+          sums_(p.codebook.size()) {
+        fill<<<loop_blocks, loop_threads>>>(ones_.data(), static_cast<X>(1.0f), ones_.size());
+        CUVQ_CHECK_CUDA(cudaGetLastError());
+        CUVQ_CHECK_CUDA(cudaDeviceSynchronize());
+    }
+
+    const buffer<float>& sums() const { return sums_; }
+
+    void operator()(int set, cudaStream_t stream) const {
+        const auto& s = problem_.shape;
+        CUVQ_CHECK_CUDA(cudaMemsetAsync(matrix_.data(), 0, matrix_.bytes(), stream));
+        set_one_hot<<<loop_blocks, loop_threads, 0, stream>>>(matrix_.data(), problem_.codes_of(set).data_handle(), s);
+        CUVQ_CHECK_CUDA(cudaGetLastError());
+        blas_.transposed_product(matrix_.data(), ones_.data(), counts_.data(), s.vectors, s.codes, 1, stream);
+        blas_.transposed_product(matrix_.data(), problem_.x_of(set).data_handle(), sums_.data(), s.vectors, s.codes,
+                                 s.dimensions, stream);
+    }
+
+private:
+    const blas& blas_;
+    const problem<X>& problem_;
+    buffer<X> matrix_, ones_;
+    buffer<float> counts_, sums_;
+};
+
+/// Four neighbouring columns of a row at once.
+struct add_float4 {
+    __host__ __device__ float4 operator()(const float4& a, const float4& b) const {
+        return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+    }
+};
+
+/// Item j: columns 4c to 4c + 3 of the i-th row in the order of codes, with j = c N + i. The key is c K + code.
+struct sorted_keys {
+    const std::int32_t* codes;  // [N] sorted
+    std::int32_t rows, most_codes;
+    __host__ __device__ std::int32_t operator()(std::int32_t j) const {
+        return j / rows * most_codes + codes[j % rows];
+    }
+};
+template <class X>
+struct sorted_chunks {
+    const X* x;
+    const std::int32_t* order;  // [N] the row at each place
+    std::int32_t rows, dimensions;
+    __host__ __device__ float4 operator()(std::int32_t j) const {
+        const std::int32_t d = j / rows * 4;
+        const X* from = x + static_cast<std::int64_t>(order[j % rows]) * dimensions + d;
+        float v[4];
+        for (int i = 0; i < 4; ++i) v[i] = d + i < dimensions ? static_cast<float>(from[i]) : 0.0f;
+        return make_float4(v[0], v[1], v[2], v[3]);
+    }
+};
+
+static __global__ void scatter_sums(const std::int32_t* keys, const float4* values, const std::int32_t* count,
+                                    cuvq::shape s, float* sums) {
+    for (std::int64_t e = loop_first(); e < *count; e += loop_step()) {
+        const std::int64_t d = keys[e] / s.codes * 4, code = keys[e] % s.codes;
+        const float v[4] = {values[e].x, values[e].y, values[e].z, values[e].w};
+        for (int i = 0; i < 4 && d + i < s.dimensions; ++i) sums[code * s.dimensions + d + i] = v[i];
+    }
+}
+static __global__ void scatter_counts(const std::int32_t* keys, const std::int32_t* values, const std::int32_t* count,
+                                      float* counts) {
+    for (std::int64_t e = loop_first(); e < *count; e += loop_step()) counts[keys[e]] = static_cast<float>(values[e]);
+}
+
+/// CUB alone: sorts row numbers by code, then counts runs and reduces by key.
+template <class X>
+class sort_reduce {
+public:
+    sort_reduce(const problem<X>& p)
+        : problem_(p),
+          items_(items(p.shape)),
+          order_(std::vector<std::int32_t>(identity(p.shape.vectors))),
+          sorted_codes_(p.shape.vectors),
+          sorted_order_(p.shape.vectors),
+          keys_(most_keys(p.shape)),
+          lengths_(p.shape.codes),
+          found_(1),
+          chunks_(most_keys(p.shape)),
+          counts_(p.shape.codes),
+          sums_(p.codebook.size()) {
+        std::size_t bytes[3] = {};
+        sort(0, nullptr, bytes[0], nullptr);
+        count(nullptr, bytes[1], nullptr);
+        reduce(0, nullptr, bytes[2], nullptr);
+        bytes_ = std::max({bytes[0], bytes[1], bytes[2]});
+        memory_ = buffer<char>(static_cast<std::int64_t>(bytes_));
+    }
+
+    const buffer<float>& sums() const { return sums_; }
+
+    void operator()(int set, cudaStream_t stream) {
+        const auto& s = problem_.shape;
+        sort(set, memory_.data(), bytes_, stream);
+        CUVQ_CHECK_CUDA(cudaMemsetAsync(counts_.data(), 0, counts_.bytes(), stream));
+        CUVQ_CHECK_CUDA(cudaMemsetAsync(sums_.data(), 0, sums_.bytes(), stream));
+        count(memory_.data(), bytes_, stream);
+        scatter_counts<<<256, loop_threads, 0, stream>>>(keys_.data(), lengths_.data(), found_.data(), counts_.data());
+        reduce(set, memory_.data(), bytes_, stream);
+        scatter_sums<<<256, loop_threads, 0, stream>>>(keys_.data(), chunks_.data(), found_.data(), s, sums_.data());
+        CUVQ_CHECK_CUDA(cudaGetLastError());
+    }
+
+private:
+    static std::int64_t most_keys(const cuvq::shape& s) { return (s.dimensions + 3) / 4 * s.codes; }
+    static std::int32_t items(const cuvq::shape& s) {
+        const std::int64_t chunks = (s.dimensions + 3) / 4;
+        if (std::max(s.vectors, s.codes) > 0x7FFFFFFF / chunks) throw skipped("has more items than fit in 32 bits");
+        return static_cast<std::int32_t>(s.vectors * chunks);
+    }
+    static std::vector<std::int32_t> identity(std::int64_t n) {
+        std::vector<std::int32_t> v(static_cast<std::size_t>(n));
+        for (std::size_t i = 0; i < v.size(); ++i) v[i] = static_cast<std::int32_t>(i);
+        return v;
+    }
+
+    void sort(int set, void* memory, std::size_t& bytes, cudaStream_t stream) const {
+        const std::int64_t codes = problem_.shape.codes;
+        int bits = 1;
+        while (bits < 31 && (codes - 1) >> bits != 0) ++bits;
+        CUVQ_CHECK_CUDA(cub::DeviceRadixSort::SortPairs(
+            memory, bytes, reinterpret_cast<const std::uint32_t*>(problem_.codes_of(set).data_handle()),
+            reinterpret_cast<std::uint32_t*>(sorted_codes_.data()),
+            reinterpret_cast<const std::uint32_t*>(order_.data()),
+            reinterpret_cast<std::uint32_t*>(sorted_order_.data()), static_cast<int>(problem_.shape.vectors), 0, bits,
+            stream));
+    }
+    void count(void* memory, std::size_t& bytes, cudaStream_t stream) const {
+        CUVQ_CHECK_CUDA(cub::DeviceRunLengthEncode::Encode(memory, bytes, sorted_codes_.data(), keys_.data(),
+                                                           lengths_.data(), found_.data(),
+                                                           static_cast<int>(problem_.shape.vectors), stream));
+    }
+    void reduce(int set, void* memory, std::size_t& bytes, cudaStream_t stream) const {
+        const auto rows = static_cast<std::int32_t>(problem_.shape.vectors);
+        const thrust::counting_iterator<std::int32_t> j(0);
+        const auto keys = thrust::make_transform_iterator(
+            j, sorted_keys{sorted_codes_.data(), rows, static_cast<std::int32_t>(problem_.shape.codes)});
+        const auto values = thrust::make_transform_iterator(
+            j, sorted_chunks<X>{problem_.x_of(set).data_handle(), sorted_order_.data(), rows,
+                                static_cast<std::int32_t>(problem_.shape.dimensions)});
+        CUVQ_CHECK_CUDA(cub::DeviceReduce::ReduceByKey(memory, bytes, keys, keys_.data(), values, chunks_.data(),
+                                                       found_.data(), add_float4(), items_, stream));
+    }
+
+    const problem<X>& problem_;
+    std::int32_t items_;
+    buffer<std::int32_t> order_, sorted_codes_, sorted_order_, keys_, lengths_, found_;
+    buffer<float4> chunks_;
+    buffer<float> counts_, sums_;
+    buffer<char> memory_;
+    std::size_t bytes_ = 0;
+};
+
+// ---- floors ---------------------------------------------------------------------------------------------------------
+
+/// Reads 16 bytes at a time; what is read must not look unused.
+static __global__ void read_all(const uint4* data, std::int64_t size, unsigned* out) {
+    unsigned bits = 0;
+#pragma unroll 4
+    for (std::int64_t e = loop_first(); e < size; e += loop_step()) {
+        const uint4 v = data[e];
+        bits ^= v.x ^ v.y ^ v.z ^ v.w;
+    }
+    if (bits == 0x9E3779B9u) *out = bits;
+}
+
+}  // namespace cuvq::bench

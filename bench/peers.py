@@ -1,0 +1,435 @@
+#!/usr/bin/env python3
+# cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+"""Times what Python offers for cuvq's jobs: PyTorch, flash-kmeans, RecTokens, vector-quantize-pytorch.
+
+The rows have the names, the format and the counters of cuvq_bench's, so that plot.py and readme_table.py put them side
+by side. Each package is used if it can be imported; what is not there, or would need more than 40 GB, is reported as
+skipped. The way of timing is cuvq_bench's too: calls captured in a CUDA graph that lasts 1 ms or more, events around
+it, the median of many; standard normal data; vectors that fit in L2 stay there, larger ones rotate. Norms that a
+kernel wants of its inputs are made beforehand.
+"""
+
+import argparse
+import importlib
+import math
+import statistics
+import sys
+import time
+
+import results
+
+MOST_BYTES = 40e9
+SAMPLED_ROWS = 4096
+DISTRIBUTIONS = ("uniform", "zipf", "one")
+
+
+class Skip(Exception):
+    """A peer that is not run, and why."""
+
+
+def check_memory(size):
+    if size > MOST_BYTES:
+        raise Skip(f"needs {size / 1e9:.0f} GB, more than {MOST_BYTES / 1e9:.0f}")
+
+
+def module(name):
+    try:
+        return importlib.import_module(name)
+    except Exception as e:  # a package can fail to import in any way
+        raise Skip(f"cannot import {name}: {first_line(e)}") from e
+
+
+def first_line(error):
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+class Problem:
+    """Input sets, a codebook, and what is right, of one shape."""
+
+    def __init__(self, torch, shape, device, l2_bytes, cold, truths):
+        self.torch, self.shape, self.device = torch, shape, device
+        self.truths = truths  # what was computed of other problems of the same shape, which hold the same data
+        n, k, d = shape
+        fits = 4 * n * d <= l2_bytes and not cold
+        self.sets = 1 if fits else min(1024, math.ceil(4 * l2_bytes / (4 * n * d)))
+        generator = torch.Generator(device).manual_seed(1)
+        rows = n if self.sets == 1 else -(-n // 128) * 128
+        x = torch.empty(self.sets, rows, d, device=device).normal_(generator=generator)
+        self.x = [x[i, :n] for i in range(self.sets)]
+        self.codebook = torch.empty(k, d, device=device).normal_(generator=generator)
+        self.generator = generator
+
+    def draw(self, distribution):
+        """int64 codes for each set."""
+        torch, (n, k, _) = self.torch, self.shape
+        if distribution == "one":
+            return [torch.full((n,), k // 2, device=self.device) for _ in self.x]
+        if distribution == "uniform":
+            return [torch.randint(k, (n,), device=self.device, generator=self.generator) for _ in self.x]
+        share = 1.0 / torch.arange(1, k + 1, device=self.device, dtype=torch.float64)
+        share = share[torch.randperm(k, device=self.device, generator=self.generator)]
+        cumulative = torch.cumsum(share / share.sum(), 0)
+        u = torch.rand(self.sets, n, device=self.device, dtype=torch.float64, generator=self.generator)
+        return [torch.searchsorted(cumulative, row).clamp_(max=k - 1) for row in u]
+
+    def _truth(self):
+        """Sampled rows of set 0, their least distances, the lowest codes that have them."""
+        torch, (n, k, d) = self.torch, self.shape
+        if self.shape not in self.truths:
+            size = min(n, SAMPLED_ROWS)
+            rows = torch.arange(size, device=self.device) * (n - 1) // max(1, size - 1)
+            x, c = self.x[0][rows].double(), self.codebook.double()
+            step = max(1, int(1e9 / (8 * k * d)))
+            numbers = torch.arange(k, device=self.device)
+            least, code = [], []
+            for i in range(0, size, step):
+                distance = ((x[i:i + step, None] - c[None]) ** 2).sum(-1)
+                least.append(distance.min(1).values)
+                code.append(torch.where(distance == least[-1][:, None], numbers, k).min(1).values)
+            self.truths[self.shape] = rows, torch.cat(least), torch.cat(code)
+        return self.truths[self.shape]
+
+    def wrong(self, codes):
+        """Rows of a sample of set 0 whose code is not the float64 one (see cuvq_bench's check.cuh)."""
+        rows, least, code = self._truth()
+        mine = codes.reshape(-1)[rows].long()
+        known = (mine >= 0) & (mine < self.shape[1])
+        distance = ((self.x[0][rows].double() - self.codebook.double()[mine.clamp(0, self.shape[1] - 1)]) ** 2).sum(-1)
+        close = (distance <= least * (1 + (self.shape[2] + 8) * 2.0**-51)) & (distance != least)
+        return int((~(known & ((mine == code) | close))).sum())
+
+    def true_sums(self, codes):
+        sums = self.torch.zeros(self.codebook.shape, device=self.device, dtype=self.torch.float64)
+        return sums.index_add_(0, codes, self.x[0].double())
+
+
+def relative_error(value, should):
+    return float((value.double() - should).norm() / should.norm())
+
+
+# ---- timing ---------------------------------------------------------------------------------------------------------
+
+
+def elapsed_us(torch, body):
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(50000)  # so that the first event is not followed by a gap
+    start.record()
+    body()
+    stop.record()
+    stop.synchronize()
+    return max(1e-3, 1e3 * start.elapsed_time(stop))
+
+
+def time_call(torch, call, sets, seconds, captured):
+    """(median, fastest) microseconds of call(set). What cannot be captured is timed with its host time."""
+    for _ in range(2):
+        call(0)  # compiles, tunes
+    torch.cuda.synchronize()
+    rough = min(elapsed_us(torch, lambda: [call(s) for s in range(sets)]) / sets for _ in range(2))
+    launches = min(100, max(1, math.ceil(1000 / rough)))
+    launches = -(-launches // sets) * sets
+
+    def body():
+        for i in range(launches):
+            call(i % sets)
+
+    run, graph = body, None
+    if captured and rough < 1000:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            body()
+        run = graph.replay
+        run()
+        torch.cuda.synchronize()
+    samples, total = [], 0.0
+    while len(samples) < 3 or (total < seconds * 1e6 and len(samples) < 201):
+        samples.append(elapsed_us(torch, run))
+        total += samples[-1]
+    return statistics.median(samples) / launches, min(samples) / launches
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------
+#
+# Each makes, of a problem, a call(set) that returns codes (or nothing), and is listed below with the test it is a peer
+# in. `tf32` sets PyTorch's matrix products to TF32 for the whole row.
+
+
+def addmm_argmin(torch, norms, x, codebook):
+    return torch.addmm(norms, x, codebook.T, alpha=-2).argmin(1)
+
+
+def torch_addmm(p, compiled=False):
+    check_memory(4.0 * p.shape[0] * p.shape[1])
+    norms = (p.codebook.double() ** 2).sum(1).float()
+    function = addmm_argmin
+    if compiled:
+        p.torch._dynamo.reset()  # else it gives up compiling after the eighth shape
+        function = p.torch.compile(addmm_argmin, dynamic=False)
+    return lambda s: function(p.torch, norms, p.x[s], p.codebook)
+
+
+def torch_cdist(p):
+    check_memory(4.0 * p.shape[0] * p.shape[1])
+    return lambda s: p.torch.cdist(p.x[s], p.codebook).argmin(1)
+
+
+def flash_kmeans_assign(p):
+    assign = module("flash_kmeans.assign_euclid_triton").euclid_assign_triton
+    x = [v[None] for v in p.x]
+    x_norms = [(v**2).sum(-1) for v in x]
+    codebook = p.codebook[None]
+    norms = (codebook**2).sum(-1)
+    out = p.torch.empty(1, p.shape[0], device=p.device, dtype=p.torch.int32)
+    return lambda s: assign(x[s], codebook, x_norms[s], out=out, c_sq=norms)
+
+
+def rectokens_assign(p):
+    nearest = module("rectokens.ops.nn_quantize").nearest_neighbor_quantize
+    return lambda s: nearest(p.x[s], p.codebook)
+
+
+def vector_quantize(p, training):
+    package = module("vector_quantize_pytorch")
+    check_memory(4 * 4.0 * p.shape[0] * p.shape[1])  # distances, their parts, the one-hot matrix
+    layer = package.VectorQuantize(dim=p.shape[2], codebook_size=p.shape[1]).to(p.device).train(training)
+    layer._codebook.embed.data.copy_(p.codebook[None])
+    layer._codebook.embed_avg.data.copy_(p.codebook[None])
+    x = [v[None] for v in p.x]
+    return lambda s: layer(x[s])[1]
+
+
+def torch_index_add(p, codes):
+    torch = p.torch
+    sums, counts = torch.empty_like(p.codebook), torch.empty(p.shape[1], device=p.device)
+    ones = torch.ones(p.shape[0], device=p.device)
+
+    def call(s):
+        sums.zero_().index_add_(0, codes[s], p.x[s])
+        counts.zero_().index_add_(0, codes[s], ones)
+        return sums
+
+    return call
+
+
+def flash_kmeans_sums(p, codes):
+    torch = p.torch
+    update = module("flash_kmeans.centroid_update_triton").triton_centroid_update_sorted_euclid
+    x, codebook = [v[None] for v in p.x], p.codebook[None]
+    codes = [c.int()[None] for c in codes]
+    sums = torch.empty(codebook.shape, device=p.device)
+    counts = torch.empty(1, p.shape[1], device=p.device, dtype=torch.int32)
+
+    def call(s):
+        sums.zero_()
+        counts.zero_()
+        update(x[s], codes[s], codebook, centroid_sums=sums, centroid_cnts=counts, calculate_new=False)
+        return sums[0]
+
+    return call
+
+
+class RectokensState:
+    def __init__(self, p):
+        if p.shape[2] & (p.shape[2] - 1):
+            raise Skip("D must be a power of two")
+        self.update = module("rectokens.ops.ema_update").ema_update
+        self.size = p.torch.ones(p.shape[1], device=p.device)
+        self.sums, self.codebook = p.codebook.clone(), p.codebook.clone()
+        self.steps = p.torch.zeros(p.shape[1], device=p.device, dtype=p.torch.int64)
+
+    def __call__(self, x, codes):
+        self.update(x, codes, self.size, self.sums, self.codebook, self.steps, 0.99, 20)
+
+
+def rectokens_ema(p, codes):
+    state = RectokensState(p)
+    return lambda s: state(p.x[s], codes[s])
+
+
+def rectokens_train(p):
+    nearest = module("rectokens.ops.nn_quantize").nearest_neighbor_quantize
+    state = RectokensState(p)
+
+    def call(s):
+        codes = nearest(p.x[s], state.codebook)
+        state(p.x[s], codes)
+
+    return call
+
+
+class Peer:
+    def __init__(self, test, who, make, *, distributions=("",), tf32=False, captured=True):
+        self.test, self.who, self.make = test, who, make
+        self.distributions, self.tf32, self.captured = distributions, tf32, captured
+
+
+# What costs little comes first, what compiles many kernels last, so that a short --budget still covers most.
+PEERS = [
+    Peer("quantize", "torch_addmm_fp32", torch_addmm),
+    Peer("quantize", "torch_addmm_tf32", torch_addmm, tf32=True),
+    Peer("quantize", "flash_kmeans", flash_kmeans_assign),
+    Peer("accumulate", "torch_index_add", torch_index_add, distributions=DISTRIBUTIONS),
+    Peer("accumulate", "flash_kmeans", flash_kmeans_sums, distributions=DISTRIBUTIONS),
+    Peer("quantize", "vector_quantize_pytorch", lambda p: vector_quantize(p, False), captured=False),
+    Peer("train_step", "vector_quantize_pytorch", lambda p: vector_quantize(p, True), captured=False),
+    Peer("ema_update", "rectokens", rectokens_ema, distributions=("uniform",)),
+    Peer("quantize", "torch_cdist", torch_cdist),
+    Peer("quantize", "torch_compile_fp32", lambda p: torch_addmm(p, True)),
+    Peer("quantize", "torch_compile_tf32", lambda p: torch_addmm(p, True), tf32=True),
+    Peer("quantize", "rectokens", rectokens_assign),
+    Peer("train_step", "rectokens", rectokens_train),
+]
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+def row_name(peer, shape, distribution):
+    name = f"{peer.test}/{peer.who}/float/{results.shape_text(shape)}"
+    variant = "codes" if peer.test == "quantize" else distribution
+    return name + (f"/{variant}" if variant else "")
+
+
+def measure(peer, p, distribution, seconds):
+    """The counters of one row."""
+    torch = p.torch
+    torch.set_float32_matmul_precision("high" if peer.tf32 else "highest")
+    codes = p.draw(distribution) if distribution else None
+    call = peer.make(p, codes) if distribution else peer.make(p)
+    median, fastest = time_call(torch, call, p.sets, seconds, peer.captured)
+    n, k, d = p.shape
+    counters = {"us": median, "us_min": fastest, "sets": p.sets}
+    label = "" if peer.captured else "host time included"
+    result = call(0)
+    if peer.test == "quantize":
+        counters["TFLOP/s"] = 2e-6 * n * k * d / median
+        counters["wrong"] = p.wrong(result)
+        if counters["wrong"]:
+            mark = f"WRONG CODES: {counters['wrong']} of {min(n, SAMPLED_ROWS)} rows"
+            label = f"{mark}; {label}" if label else mark
+    if peer.test == "accumulate":
+        counters["sum_error"] = relative_error(result, p.true_sums(codes[0]))
+    return counters, label
+
+
+def run(torch, options):
+    entries, unusable = [], {}
+    deadline = time.monotonic() + options.budget
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    problem, truths = None, {}
+
+    def add(name, counters=None, label="", reason=""):
+        if reason:
+            entries.append({"name": name, "error_occurred": True, "error_message": reason})
+            print(f"{name:<70} {reason}", flush=True)
+        else:
+            entries.append({"name": name, "real_time": counters["us"], "time_unit": "us", **counters, "label": label})
+            print(f"{name:<70} {counters['us']:12.2f} us  {label}", flush=True)
+
+    try:
+        for peer in options.peers:
+            for shape in options.shapes:
+                for distribution in peer.distributions:
+                    name = row_name(peer, shape, distribution)
+                    if peer.who in unusable:
+                        continue
+                    if time.monotonic() > deadline:
+                        add(name, reason=f"skipped: the budget of {options.budget:g} s is spent")
+                        continue
+                    try:
+                        if problem is None or problem.shape != shape:
+                            problem = None
+                            torch.cuda.empty_cache()
+                            problem = Problem(torch, shape, "cuda", l2_bytes, options.cold, truths)
+                        add(name, *measure(peer, problem, distribution, options.seconds))
+                    except Skip as e:
+                        if str(e).startswith("cannot import"):
+                            unusable[peer.who] = str(e)
+                            name = f"{peer.test}/{peer.who}"
+                        add(name, reason=f"skipped: {e}")
+                    except Exception as e:  # a peer that fails is no reason to lose the others
+                        add(name, reason=f"skipped: failed: {first_line(e)}")
+                        torch.cuda.synchronize()  # raises if the GPU is of no use any more
+                    torch.cuda.empty_cache()
+    except Exception as e:
+        print(f"peers.py: stopped: {first_line(e)}", file=sys.stderr)
+        return entries, 1
+    return entries, 0
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="peers.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    sets = sorted({s for s, _, _ in results.named_shapes()})
+    parser.add_argument("--shapes", metavar="SET[,SET]", default="", help=f"of {', '.join(sets)} (default: seed)")
+    parser.add_argument("--shape", metavar="N,K,D", action="append", default=[], help="may be given repeatedly")
+    parser.add_argument("--cases", metavar="CASE[,CASE]", default="quantize,accumulate,ema_update,train_step",
+                        help="default: all four")
+    parser.add_argument("--peers", metavar="NAME[,NAME]", default="",
+                        help=f"default: all of {', '.join(dict.fromkeys(p.who for p in PEERS))}")
+    parser.add_argument("--seconds", type=float, default=0.1, help="spent on the samples of a row (default: 0.1)")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which rows are skipped")
+    parser.add_argument("--cold", action="store_true", help="rotate over input sets always")
+    parser.add_argument("--context", metavar="KEY=VALUE", action="append", default=[], help="put into the JSON")
+    parser.add_argument("--out", metavar="FILE.json", help="where the rows go, besides the console")
+    options = parser.parse_args(arguments)
+
+    shapes = []
+    for text in options.shape:
+        parts = text.split(",")
+        if len(parts) != 3 or not all(n.isdigit() and int(n) >= 1 for n in parts):
+            parser.error(f"--shape: got '{text}'; wants N,K,D: whole numbers from 1")
+        shapes.append(tuple(int(n) for n in parts))
+    names = options.shapes.split(",") if options.shapes else [] if shapes else ["seed"]
+    for name in names:
+        if name not in sets:
+            parser.error(f"--shapes: got '{name}'; wants {', '.join(sets)}")
+        shapes += results.shapes_of(name)
+    options.shapes = list(dict.fromkeys(shapes))
+
+    cases, chosen = options.cases.split(","), options.peers.split(",") if options.peers else []
+    for flag, got, known in (("--cases", cases, {p.test for p in PEERS}), ("--peers", chosen, {p.who for p in PEERS})):
+        for word in got:
+            if word not in known:
+                parser.error(f"{flag}: got '{word}'; wants {', '.join(sorted(known))}")
+    options.peers = [p for p in PEERS if p.test in cases and (not chosen or p.who in chosen)]
+    if not all("=" in c for c in options.context):
+        parser.error("--context: wants KEY=VALUE")
+    return options
+
+
+def main(arguments):
+    options = parse(arguments)
+    context = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **dict(c.split("=", 1) for c in options.context)}
+    reason = ""
+    try:
+        torch = module("torch")
+        if not torch.cuda.is_available():
+            reason = "PyTorch sees no GPU"
+    except Skip as e:
+        reason = str(e)
+    if reason:
+        print(f"peers.py: all skipped: {reason}", file=sys.stderr)
+        entries = [{"name": f"{p.test}/{p.who}", "error_occurred": True, "error_message": f"skipped: {reason}"}
+                   for p in options.peers]
+        code = 0
+    else:
+        context.update(device=torch.cuda.get_device_name(0), torch=torch.__version__, cuda_runtime=torch.version.cuda)
+        for name in ("triton", "flash_kmeans", "vector_quantize_pytorch"):
+            try:
+                context[name] = getattr(module(name), "__version__", "unknown")
+            except Skip:
+                pass
+        with torch.no_grad():
+            entries, code = run(torch, options)
+    if options.out:
+        results.write(options.out, context, entries)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

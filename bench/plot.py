@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+# cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+"""Draws the benchmark's results as SVG: a roofline, speed-ups per shape set, time over N, K and D.
+
+usage: plot.py [results-dir [output-dir]]     (default: bench/results, and there)
+
+Needs matplotlib. A chart whose rows are missing is not drawn.
+"""
+
+import math
+import pathlib
+import sys
+
+import results
+from results import quantize_us, update_us
+
+try:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot, ticker
+except ImportError:
+    sys.exit("plot.py: needs matplotlib: pip install matplotlib")
+
+# Peers by the name their rows have: what charts call them, colour (Okabe and Ito's palette), marker.
+OWN = ("cuvq", "#D55E00", "o")
+PEERS = {
+    "flash_kmeans": ("flash-kmeans", "#0072B2", "s"),
+    "torch_addmm_tf32": ("PyTorch addmm + argmin, TF32", "#009E73", "^"),
+    "torch_addmm_fp32": ("PyTorch addmm + argmin, FP32", "#009E73", "v"),
+    "cublas_tf32_argmin": ("cuBLAS + CUB argmin, TF32", "#56B4E9", "D"),
+    "cublas_fp32_argmin": ("cuBLAS + CUB argmin, FP32", "#E69F00", "P"),
+    "vector_quantize_pytorch": ("vector-quantize-pytorch", "#CC79A7", "X"),
+    "torch_index_add": ("PyTorch index_add_ (sums only)", "#009E73", "^"),
+    "cub_sort_reduce": ("CUB sort + reduce (sums only)", "#E69F00", "P"),
+    "cublas_one_hot": ("cuBLAS, one-hot (sums only)", "#56B4E9", "D"),
+    "rectokens": ("RecTokens", "#CC79A7", "X"),
+    "cublas_fp16_product": ("cuBLAS FP16 product alone", "#999999", "*"),
+}
+# What charts of `quantize`, and of EMA updates, put beside cuvq. Sums alone are less work than an update.
+QUANTIZE = ("flash_kmeans", "torch_addmm_tf32", "torch_addmm_fp32", "cublas_tf32_argmin", "cublas_fp32_argmin",
+            "vector_quantize_pytorch", "cublas_fp16_product")
+UPDATE = ("rectokens", "torch_index_add", "flash_kmeans", "cub_sort_reduce", "cublas_one_hot")
+
+
+def tidy(axes):
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, which="major", color="#E5E5E5", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def written_out(axis):
+    """Ticks of a logarithmic axis as plain numbers."""
+    axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
+
+
+def spaced(number):
+    """1048576 as 1 048 576."""
+    return f"{number:,}".replace(",", "\u202f")
+
+
+def shape_label(shape):
+    return ", ".join(spaced(v) for v in shape)
+
+
+def spread(values, gap):
+    """Values moved apart until neighbours are `gap` from each other; their order stays."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    moved = list(values)
+    for _ in range(200):
+        for a, b in zip(order, order[1:]):
+            short = gap - (moved[b] - moved[a])
+            if short > 1e-9:
+                moved[a] -= short / 2
+                moved[b] += short / 2
+    return moved
+
+
+def label_points(axes, points, labels, colours, own=None, lines=False):
+    """Labels to the right of the axes, at the heights of points (x, y), moved apart."""
+    low, high = axes.get_ylim()
+    right = axes.get_xlim()[1]
+    heights = spread([math.log(y) for _, y in points], 0.055 * math.log(high / low))
+    axes.set_autoscale_on(False)
+    for (x, y), label, colour, height in zip(points, labels, colours, heights):
+        at = (right * 1.04, math.exp(height))
+        if lines:
+            axes.plot([x, right], [y, at[1]], color="#BBBBBB", linewidth=0.6, zorder=1)
+        axes.annotate(label, at, fontsize=7.5, color=colour, va="center", annotation_clip=False,
+                      fontweight="bold" if label == own else "normal")
+
+
+def save(figure, path):
+    figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
+    print(path)
+
+
+def roofline(rows, out):
+    ceilings = rows.ceilings()
+    if not ceilings:
+        return
+    product, copy = ceilings[0], ceilings[1] * 1e-3  # TFLOP/s, TB/s
+    shown = {OWN[0]: [], "flash_kmeans": [], "cublas_fp32_argmin": []}
+    shapes = dict.fromkeys(shape for s, _, shape in results.named_shapes() if s in ("seed", "models", "large"))
+    for shape in shapes:
+        n, k, d = shape
+        flops, least = 2.0 * n * k * d, 4.0 * (n * d + k * d + n)
+        for who, points in shown.items():
+            us = quantize_us(rows, who, shape)
+            if us:
+                points.append((flops / least, flops / us * 1e-6, shape))
+    if not shown[OWN[0]]:
+        return
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.6))
+    low = 0.7 * min(p[0] for p in shown[OWN[0]])
+    high = 1.6 * max(p[0] for p in shown[OWN[0]])
+    ridge = product / copy
+    axes.plot([low, ridge, high], [low * copy, product, product], color="#444444", linewidth=1.2, zorder=1)
+    axes.text(ridge, product * 1.12, f"FP16 product, {product:,.0f} TFLOP/s", fontsize=8, color="#444444")
+    axes.text(low * 4, low * 4 * copy * 0.5, f"copy, {copy:.2f} TB/s", fontsize=8, color="#444444")
+    for who, points in reversed(shown.items()):
+        label, colour, marker = PEERS.get(who, OWN)
+        if points:
+            axes.scatter([p[0] for p in points], [p[1] for p in points], s=30 if who == OWN[0] else 16, color=colour,
+                         marker=marker, label=label, alpha=1 if who == OWN[0] else 0.6, linewidths=0, zorder=2)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.set_ylim(top=product * 2.2)
+    written_out(axes.xaxis)
+    written_out(axes.yaxis)
+    axes.set_xlabel("operations per byte (2NKD over the fewest bytes)")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title("quantize, float32, codes only", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    tidy(axes)
+    large = set(results.shapes_of("large"))
+    named = [p for p in shown[OWN[0]] if p[2] in large]
+    label_points(axes, [p[:2] for p in named], [shape_label(p[2]) for p in named], ["#444444"] * len(named), lines=True)
+    save(figure, out / "roofline.svg")
+    pyplot.close(figure)
+
+
+def speedup(rows, set_name, out):
+    lines = []  # (shape's text, {peer: factor})
+    for s, name, shape in results.named_shapes():
+        own = quantize_us(rows, "cuvq", shape) if s == set_name else None
+        if own:
+            times = {who: quantize_us(rows, who, shape) for who in QUANTIZE}
+            text = shape_label(shape)
+            lines.append((f"{name}  {text}" if name else text, {w: t / own for w, t in times.items() if t}))
+    if not any(factors for _, factors in lines):
+        return
+    figure, axes = pyplot.subplots(figsize=(7.5, 1.1 + 0.36 * len(lines)))
+    for who in QUANTIZE:
+        points = [(factors[who], -i) for i, (_, factors) in enumerate(lines) if who in factors]
+        if points:
+            label, colour, marker = PEERS[who]
+            axes.scatter([p[0] for p in points], [p[1] for p in points], color=colour, marker=marker, label=label,
+                         s=34, linewidths=0, zorder=3)
+    for i, (_, factors) in enumerate(lines):
+        if factors:
+            axes.plot([min(1, *factors.values()), max(1, *factors.values())], [-i, -i], color="#DDDDDD", linewidth=1.5,
+                      zorder=1)
+    axes.axvline(1, color=OWN[1], linewidth=1.4, zorder=2)
+    axes.set_xscale("log")
+    written_out(axes.xaxis)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.set_yticks([-i for i in range(len(lines))], [text for text, _ in lines], fontsize=8)
+    axes.set_ylim(-len(lines) + 0.4, 0.6)
+    axes.set_xlabel("time divided by cuvq's: right of the line, cuvq is faster")
+    axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+    tidy(axes)
+    axes.grid(False, axis="y")
+    save(figure, out / f"speedup_{set_name}.svg")
+    pyplot.close(figure)
+
+
+def scaling(rows, peers, time_of, sweeps, title, path):
+    """Lines of time over one size each, named at their ends."""
+    panels = []
+    for axis, fixed in sweeps:
+        shapes = sorted({s for s in results.shapes_of("scaling")
+                         if all(s[i] == v for i, v in fixed.items())}, key=lambda s: s[axis])
+        lines = {}
+        for who in ("cuvq",) + tuple(peers):
+            points = [(s[axis], time_of(rows, who, s)) for s in shapes]
+            points = [(x, us) for x, us in points if us]
+            if len(points) > 1:
+                lines[who] = points
+        if "cuvq" in lines:
+            panels.append((axis, fixed, lines))
+    if not panels:
+        return
+    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels) + 0.6, 3.6), squeeze=False,
+                                       sharey=True)
+    for (axis, fixed, lines), axes in zip(panels, all_axes[0]):
+        for who, points in lines.items():
+            label, colour, marker = PEERS.get(who, OWN)
+            axes.plot(*zip(*points), color=colour, marker=marker, markersize=4, markeredgewidth=0,
+                      linewidth=2 if who == "cuvq" else 1.1, label=label, zorder=3 if who == "cuvq" else 2)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(
+            lambda v, _: f"{v / 1048576:g}M" if v >= 1048576 else f"{v / 1024:g}k" if v >= 1024 else f"{v:g}"))
+        written_out(axes.yaxis)
+        rest = ", ".join(f"{'NKD'[i]} = {spaced(v)}" for i, v in fixed.items())
+        axes.set_xlabel(f"{'NKD'[axis]}   ({rest})", fontsize=8)
+        tidy(axes)
+    all_axes[0][0].set_ylabel("µs")
+    all_axes[0][0].set_title(title, loc="left", fontsize=10)
+
+    axes, lines = all_axes[0][-1], panels[-1][2]
+    looks = [PEERS.get(who, OWN) for who in lines]
+    label_points(axes, [points[-1] for points in lines.values()], [l[0] for l in looks], [l[1] for l in looks],
+                 own="cuvq")
+    save(figure, path)
+    pyplot.close(figure)
+
+
+def main(arguments):
+    if len(arguments) > 2 or any(a.startswith("-") for a in arguments):
+        print(__doc__.strip())
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    directory = pathlib.Path(arguments[0]) if arguments else results.DEFAULT_DIRECTORY
+    out = pathlib.Path(arguments[1]) if len(arguments) > 1 else directory
+    rows = results.Results(directory)
+    if not rows:
+        print(f"plot.py: no results in {directory}", file=sys.stderr)
+        return 1
+    # Text stays text: small files that can be searched. The fixed salt makes equal results equal files.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cuvq", "font.family": "sans-serif",
+                                "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans", "sans-serif"],
+                                "font.size": 9, "savefig.facecolor": "white"})
+    out.mkdir(parents=True, exist_ok=True)
+    roofline(rows, out)
+    for set_name in ("seed", "models", "large"):
+        speedup(rows, set_name, out)
+    scaling(rows, [w for w in QUANTIZE if w != "vector_quantize_pytorch"], quantize_us,
+            [(0, {1: 1024, 2: 128}), (1, {0: 65536, 2: 128}), (2, {0: 65536, 1: 1024})],
+            "quantize, float32, codes only", out / "scaling_quantize.svg")
+    scaling(rows, UPDATE, update_us, [(0, {1: 1024, 2: 128}), (1, {0: 65536, 2: 128})],
+            "ema_update, float32, uniform codes", out / "scaling_ema_update.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+# cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+"""The benchmark's JSON files: named shapes, rows, and how a file is written small.
+
+usage: results.py FILE.json...   cuts files that cuvq_bench wrote to what is read of them, in place: no name of the
+                                 machine, no paths, one row to a line
+"""
+
+import json
+import pathlib
+import re
+import sys
+from dataclasses import dataclass, field
+
+HERE = pathlib.Path(__file__).resolve().parent
+DEFAULT_DIRECTORY = HERE / "results"
+
+# What a row keeps besides its counters, and what of a run's context is dropped.
+ROW_KEYS = ("name", "real_time", "time_unit", "label", "error_occurred", "error_message")
+NOT_COUNTERS = ROW_KEYS + (
+    "run_name", "run_type", "family_index", "per_family_instance_index", "repetitions", "repetition_index",
+    "threads", "iterations", "cpu_time")
+MACHINE_KEYS = (
+    "host_name", "executable", "load_avg", "caches", "num_cpus", "mhz_per_cpu", "cpu_scaling_enabled",
+    "aslr_enabled", "library_build_type", "library_version", "json_schema_version")
+
+
+def named_shapes():
+    """[(set, name, (N, K, D))], from the table in shapes.hpp."""
+    line = re.compile(r'^\s*\{"(\w+)", "([^"]*)", \{(\d+), (\d+), (\d+)\}\},', re.M)
+    return [(s, name, (int(n), int(k), int(d)))
+            for s, name, n, k, d in line.findall((HERE / "shapes.hpp").read_text())]
+
+
+def shapes_of(set_name):
+    return [shape for s, _, shape in named_shapes() if s == set_name]
+
+
+def shape_text(shape):
+    return "x".join(str(n) for n in shape)
+
+
+@dataclass
+class Row:
+    test: str
+    who: str
+    type: str = ""
+    shape: tuple = ()
+    variant: str = ""
+    us: float = None  # None: not run, for `reason`
+    label: str = ""
+    reason: str = ""
+    counters: dict = field(default_factory=dict)
+
+    @property
+    def wrong(self):
+        """Rows with a wrong code, of those compared; None if none were."""
+        return None if "wrong" not in self.counters else int(self.counters["wrong"])
+
+    @property
+    def key(self):
+        return self.test, self.who, self.type, self.shape, self.variant
+
+
+def plain_name(name):
+    """A row's name without what Google Benchmark adds to it."""
+    return re.sub(r"(/iterations:\d+|/repeats:\d+|/manual_time|/real_time)+$", "", name)
+
+
+def parse_row(entry):
+    parts = plain_name(entry["name"]).split("/")
+    row = Row(parts[0], parts[1] if len(parts) > 1 else "")
+    if len(parts) > 2:
+        row.type = parts[2]
+    if len(parts) > 3:
+        row.shape = tuple(int(n) for n in parts[3].split("x"))
+    if len(parts) > 4:
+        row.variant = "/".join(parts[4:])
+    row.label = entry.get("label", "")
+    if entry.get("error_occurred"):
+        row.reason = entry.get("error_message", "")
+    else:
+        row.us = entry["real_time"] * {"ns": 1e-3, "us": 1.0, "ms": 1e3, "s": 1e6}[entry["time_unit"]]
+    row.counters = {k: v for k, v in entry.items() if k not in NOT_COUNTERS and isinstance(v, (int, float))}
+    return row
+
+
+class Results:
+    """The rows of all JSON files of a directory. Of rows of one name, the first that ran counts; files are read in
+    the order of their names."""
+
+    def __init__(self, directory=DEFAULT_DIRECTORY):
+        self.contexts, rows = [], {}
+        for path in sorted(pathlib.Path(directory).glob("*.json")):
+            content = json.loads(path.read_text())
+            self.contexts.append(content.get("context", {}))
+            for entry in content.get("benchmarks", []):
+                row = parse_row(entry)
+                if row.key not in rows or rows[row.key].us is None:
+                    rows[row.key] = row
+        self.rows = list(rows.values())
+        self._by_key = rows
+
+    def __bool__(self):
+        return bool(self.rows)
+
+    def get(self, test, who, shape=(), type_="float", variant=""):
+        return self._by_key.get((test, who, type_, tuple(shape), variant))
+
+    def us(self, *where, **which):
+        row = self.get(*where, **which)
+        return row.us if row else None
+
+    def ceilings(self):
+        """(TFLOP/s, GB/s) of the card in this run, or None."""
+        product, copy = self.get("ceiling", "cublas_fp16_product", type_=""), self.get("ceiling", "copy", type_="")
+        if not product or not copy or product.us is None or copy.us is None:
+            return None
+        return product.counters["TFLOP/s"], copy.counters["GB/s"]
+
+    def run_text(self):
+        """One line that says where and when the rows were taken."""
+        context = {}
+        for c in self.contexts:
+            context.update(c)
+        parts = [context.get("device", "unknown device")]
+        for key, text in (("driver", "driver"), ("cuda_runtime", "CUDA"), ("torch", "PyTorch"), ("commit", "commit")):
+            if context.get(key):
+                parts.append(f"{text} {context[key]}")
+        if context.get("date"):
+            parts.append(context["date"][:10])
+        return ", ".join(parts)
+
+
+def quantize_us(rows, who, shape):
+    """Time of finding codes of float32 vectors, or None."""
+    if who == "cublas_fp16_product":
+        return rows.us("quantize", who, shape, type_="half")
+    return rows.us("quantize", who, shape, variant="codes")
+
+
+def update_us(rows, who, shape):
+    """Time of an EMA update by uniform codes, or of those that only make sums, of sums; or None."""
+    if who in ("cuvq", "rectokens"):
+        return rows.us("ema_update", who, shape, variant="uniform")
+    return rows.us("accumulate", who, shape, variant="" if who == "cublas_one_hot" else "uniform")
+
+
+def rounded(value):
+    return float(f"{value:.5g}") if isinstance(value, float) and value == value else value
+
+
+def write(path, context, entries):
+    """Google Benchmark's format, a row to a line, numbers to five digits."""
+    context = {k: v for k, v in context.items() if k not in MACHINE_KEYS}
+    lines = []
+    for entry in entries:
+        kept = {"name": plain_name(entry["name"])}
+        for key, value in entry.items():
+            if key != "name" and (key in ROW_KEYS or key not in NOT_COUNTERS):
+                kept[key] = rounded(value)
+        if not kept.get("label"):
+            kept.pop("label", None)
+        if kept.get("error_occurred"):
+            kept = {k: v for k, v in kept.items() if k in ("name", "error_occurred", "error_message")}
+        lines.append(json.dumps(kept))
+    text = json.dumps(context, indent=1)
+    pathlib.Path(path).write_text(
+        '{"context": ' + text + ',\n"benchmarks": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
+def main(arguments):
+    if not arguments or any(a.startswith("-") for a in arguments):
+        print(__doc__.strip())
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    for path in arguments:
+        content = json.loads(pathlib.Path(path).read_text())
+        write(path, content["context"], content["benchmarks"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// What a row of the benchmark is called, how much work it stands for, and which counters it gets.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <benchmark/benchmark.h>
+
+#include "shapes.hpp"
+
+namespace cuvq::bench {
+
+struct row {
+    std::string test;     ///< quantize, accumulate, ema_update, train_step, floor, ceiling
+    std::string who;      ///< cuvq, or a peer
+    std::string type;     ///< of the vectors
+    cuvq::shape shape;    ///< all zero: of the card
+    std::string variant;  ///< outputs, or the distribution of codes; "": the time does not depend on it
+    bool hard = false;    ///< on hard data
+
+    std::string name() const {
+        std::string s = test + "/" + who;
+        if (!type.empty()) s += "/" + type;
+        if (shape.codes > 0) s += "/" + text(shape);
+        if (!variant.empty()) s += "/" + variant;
+        if (hard) s += "/hard";
+        return s;
+    }
+};
+
+inline constexpr const char* product_peer = "cublas_fp16_product";
+
+/// Whether a row of cuvq names its time as a share of that peer's.
+inline bool comparable(const row& mine, const row& peer) {
+    if (peer.who == "cuvq" || !same(mine.shape, peer.shape)) return false;
+    if (peer.test == "floor") return peer.type == mine.type;
+    if (peer.who == product_peer) return mine.test == "quantize";
+    const bool sums = peer.test == "accumulate" && mine.test == "ema_update";
+    return (peer.test == mine.test || sums) && peer.type == mine.type &&
+           (mine.test == "quantize" || peer.variant.empty() || peer.variant == mine.variant);
+}
+
+struct measured {
+    double us = 0;      ///< median
+    double us_min = 0;  ///< fastest
+    int launches = 1;   ///< of one sample
+};
+
+/// The least that any implementation must do.
+struct work {
+    double flops = 0;
+    double bytes = 0;
+};
+
+inline double vector_bytes(const cuvq::shape& s, int element) {
+    return static_cast<double>(s.vectors) * static_cast<double>(s.dimensions) * element;
+}
+inline double codebook_bytes(const cuvq::shape& s) {
+    return static_cast<double>(s.codes) * static_cast<double>(s.dimensions) * 4;
+}
+inline work product_work(const cuvq::shape& s, double bytes) {
+    return {2.0 * static_cast<double>(s.vectors) * static_cast<double>(s.codes) * static_cast<double>(s.dimensions),
+            bytes};
+}
+/// Reads vectors and codebook; writes int32 codes and, on request, quantized vectors and distances.
+inline work quantize_work(const cuvq::shape& s, int element, bool outputs) {
+    const double n = static_cast<double>(s.vectors);
+    return product_work(s, vector_bytes(s, element) * (outputs ? 2 : 1) + codebook_bytes(s) + n * (outputs ? 8 : 4));
+}
+/// Reads vectors and codes; writes counts and sums.
+inline work accumulate_work(const cuvq::shape& s, int element) {
+    return {0, vector_bytes(s, element) + static_cast<double>(s.vectors + s.codes) * 4 + codebook_bytes(s)};
+}
+/// Reads vectors and codes; reads and writes the statistics and writes the codebook.
+inline work ema_update_work(const cuvq::shape& s, int element) {
+    return {0, vector_bytes(s, element) + static_cast<double>(s.vectors) * 4 + static_cast<double>(s.codes) * 16 +
+                   3 * codebook_bytes(s)};
+}
+/// As both, with the vectors read once.
+inline work train_step_work(const cuvq::shape& s, int element) {
+    return product_work(s, ema_update_work(s, element).bytes + codebook_bytes(s));
+}
+
+/// How a row compares with a float64 computation; negative where it was not compared.
+struct verdict {
+    std::int64_t wrong = -1, compared = 0;  ///< codes
+    double sum_error = -1;                  ///< relative, of sums
+};
+
+/// Largest sum_error that goes without a mark. Sums of a million vectors around zero nearly cancel, which costs float32
+/// sums three digits.
+inline constexpr double most_sum_error = 1e-4;
+
+/// Fills the counters of rows; remembers times, so that later rows can be put beside earlier ones.
+class report {
+public:
+    /// The card's rates, per microsecond, once measured.
+    double most_flops = 0, most_bytes = 0;
+
+    /// False once a row of cuvq was wrong or failed.
+    bool good() const { return good_; }
+    void fail(const row& r) {
+        if (r.who == "cuvq") good_ = false;
+    }
+
+    void write(benchmark::State& state, const row& r, const measured& m, const work& w, const verdict& v = {},
+               std::string label = "") {
+        for (auto _ : state) state.SetIterationTime(m.us * 1e-6);
+        auto& c = state.counters;
+        c["us"] = m.us;
+        c["us_min"] = m.us_min;
+        if (w.flops > 0) c["TFLOP/s"] = w.flops / m.us * 1e-6;
+        if (w.bytes > 0) c["GB/s"] = w.bytes / m.us * 1e-3;
+        if (most_flops > 0 && r.test != "ceiling")
+            c["of_ceiling"] = std::max(w.flops / most_flops, w.bytes / most_bytes) / m.us;
+        if (r.who == "cuvq")
+            for (const auto& [peer, us] : times_)
+                if (comparable(r, peer)) c["vs_" + peer.who] = m.us / us;
+        if (v.wrong >= 0) c["wrong"] = static_cast<double>(v.wrong);
+        if (!(v.sum_error < 0)) c["sum_error"] = v.sum_error;
+        std::string mark;
+        if (v.wrong > 0)
+            mark = "WRONG CODES: " + std::to_string(v.wrong) + " of " + std::to_string(v.compared) + " rows";
+        if (!(v.sum_error <= most_sum_error)) mark = "WRONG SUMS";
+        if (!mark.empty()) {
+            label = mark + (label.empty() ? "" : "; " + label);
+            fail(r);
+        }
+        state.SetLabel(label);
+        times_.emplace_back(r, m.us);
+    }
+
+private:
+    std::vector<std::pair<row, double>> times_;
+    bool good_ = true;
+};
+
+}  // namespace cuvq::bench

@@ -1,0 +1,546 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+#include <cuvq/accumulate.cuh>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "support/device.cuh"
+#include "support/large.cuh"
+#include "support/oracle.hpp"
+#include "support/random.hpp"
+#include "support/types.hpp"
+
+namespace cuvq::test {
+namespace {
+
+constexpr float inf = std::numeric_limits<float>::infinity();
+constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+
+using codes_t = std::vector<std::int64_t>;
+
+template <class Int>
+std::vector<Int> as(const codes_t& codes) {
+    return std::vector<Int>(codes.begin(), codes.end());
+}
+
+/// What a call leaves.
+struct totals {
+    std::vector<float> counts;
+    matrix<float> sums;
+    step_stats stats;
+};
+
+bool same(const totals& a, const totals& b) {
+    return same_bits(a.counts, b.counts) && same_bits(a.sums, b.sums) &&
+           std::memcmp(&a.stats, &b.stats, sizeof(step_stats)) == 0;
+}
+
+/// The memory of one accumulation.
+template <class X, class Int = std::int32_t>
+struct accumulate_memory {
+    device_matrix<X> x;
+    device_array<Int> codes;
+    device_array<float> weights;
+    device_array<float> counts;
+    device_matrix<float> sums;
+    device_array<step_stats> stats{1};
+    accumulate_params params;
+    shape size;
+
+    accumulate_memory(const matrix<X>& rows, const codes_t& code_of, std::int64_t k,
+                      const std::vector<float>& weight_of = {}, row_layout layout = {})
+        : x(rows, layout),
+          codes(as<Int>(code_of), layout.offset),
+          weights(weight_of, layout.offset),
+          counts(k, layout.offset),
+          sums(k, rows.columns, layout),
+          size{rows.rows, k, rows.columns} {
+        params.stats = stats.data();
+        if (!weight_of.empty()) params.weights = vector_view<const float>(weights.data(), weights.size());
+    }
+
+    void run(const workspace& ws = {}, cudaStream_t stream = nullptr) {
+        accumulate(x.view(), codes.view(), counts.view(), sums.view(), params, ws, stream);
+    }
+    void poison_outputs() {
+        counts.fill(poison);
+        sums.fill(poison);
+        stats.fill(poison);
+    }
+    totals outcome() const { return {counts.download(), sums.download(), stats.download()[0]}; }
+};
+
+template <class Int = std::int32_t, class X>
+totals accumulated(const matrix<X>& x, const codes_t& codes, std::int64_t k, const std::vector<float>& weights = {},
+                   row_layout layout = {}) {
+    accumulate_memory<X, Int> memory(x, codes, k, weights, layout);
+    const device_workspace ws(accumulate_workspace_bytes(memory.size, memory.params));
+    memory.run(ws.lent());
+    EXPECT_TRUE(ws.guard_untouched());
+    EXPECT_TRUE(memory.sums.padding_untouched());
+    return memory.outcome();
+}
+
+void expect_right(const batch_sums& right, const totals& got) {
+    EXPECT_TRUE(sums_are_right(right, got.counts, got.sums));
+    step_stats wanted = usage_of({got.counts.begin(), got.counts.end()});
+    wanted.invalid_rows = right.invalid;
+    EXPECT_TRUE(same_stats(got.stats, wanted));
+}
+
+/// An accumulation, judged. Codes that the integer type cannot tell from others are the caller's to avoid.
+template <class Int = std::int32_t, class X>
+totals expect_sums(const matrix<X>& x, const codes_t& codes, std::int64_t k, const std::vector<float>& weights = {},
+                   row_layout layout = {}) {
+    const auto got = accumulated<Int>(x, codes, k, weights, layout);
+    expect_right(batch_sums(x, codes, k, weights), got);
+    return got;
+}
+
+codes_t random_codes(random_source& random, std::int64_t n, std::int64_t lowest, std::int64_t highest) {
+    codes_t codes;
+    for (std::int64_t i = 0; i < n; ++i) codes.push_back(random.integer(lowest, highest));
+    return codes;
+}
+
+std::vector<float> random_weights(random_source& random, std::int64_t n) {
+    std::vector<float> weights;
+    for (std::int64_t i = 0; i < n; ++i) weights.push_back(random.integer(0, 9) ? std::abs(random.normal()) : 0.0f);
+    return weights;
+}
+
+class AccumulateSmall : public gpu_test {};
+class AccumulateTest : public gpu_test {};
+class LargeTest : public gpu_test {};
+
+// ---- element and code types -----------------------------------------------------------------------------------------
+
+template <class T>
+class AccumulateTypesSmall : public gpu_test {};
+TYPED_TEST_SUITE(AccumulateTypesSmall, element_types, type_names);
+
+TYPED_TEST(AccumulateTypesSmall, WithBadCodesNanRowsAndBadWeights) {
+    random_source random;
+    for (const std::int64_t d : {1, 7, 33, 130}) {
+        auto x = random.normals<TypeParam>(300, d);
+        const auto codes = random_codes(random, 300, -2, 38);
+        auto weights = random_weights(random, 300);
+        const float bad[] = {nan, inf, -inf};
+        for (int j = 0; j < 15; ++j) {
+            x(20 * j, (3 * j) % d) = bad[j % 3];
+            weights[7 * j + 1] = j % 4 == 3 ? -1.0f : bad[j % 3];
+        }
+        expect_sums(x, codes, 37);
+        expect_sums(x, codes, 37, weights);
+        EXPECT_TRUE(same(expect_sums(x, codes, 37, weights, awkward), accumulated(x, codes, 37, weights)));
+    }
+}
+
+template <class Int>
+class AccumulateCodesSmall : public gpu_test {};
+TYPED_TEST_SUITE(AccumulateCodesSmall, code_types, type_names);
+
+TYPED_TEST(AccumulateCodesSmall, CodesOutsideTheCodebookAreLeftOut) {
+    using limits = std::numeric_limits<TypeParam>;
+    random_source random;
+    const auto x = random.normals<float>(120, 5);
+    auto codes = random_codes(random, 120, 0, 99);
+    const std::int64_t top =
+        sizeof(TypeParam) == 8 ? limits::max() : static_cast<std::int64_t>(limits::max());  // as int64
+    for (const std::int64_t i : {0, 50, 119}) codes[i] = 100;
+    for (const std::int64_t i : {1, 51, 118}) codes[i] = top;
+    for (const std::int64_t i : {2, 52, 117}) codes[i] = static_cast<std::int64_t>(limits::lowest());
+    if (std::is_signed_v<TypeParam>) codes[3] = -1;
+    const auto got = expect_sums<TypeParam>(x, codes, 100);
+    EXPECT_EQ(got.stats.invalid_rows, std::is_signed_v<TypeParam> ? 10 : 6);
+    EXPECT_TRUE(same(expect_sums<TypeParam>(x, codes, 100, {}, awkward), got));
+}
+
+// ---- shapes ---------------------------------------------------------------------------------------------------------
+
+/// Codes with so many rows each, in random order; integer data, so that every sum is exact.
+void expect_exact_sums(random_source& random, const std::vector<std::int64_t>& rows_of_codes, std::int64_t columns) {
+    codes_t codes;
+    for (std::size_t k = 0; k < rows_of_codes.size(); ++k)
+        codes.insert(codes.end(), static_cast<std::size_t>(rows_of_codes[k]), static_cast<std::int64_t>(k));
+    for (std::size_t i = codes.size(); i > 1; --i)
+        std::swap(codes[i - 1], codes[random.integer(0, static_cast<std::int64_t>(i) - 1)]);
+    const auto n = static_cast<std::int64_t>(codes.size()), k = static_cast<std::int64_t>(rows_of_codes.size());
+    const auto x = random.integers<float>(n, columns, -9, 9);
+    const batch_sums right(x, codes, k);
+    const auto got = expect_sums(x, codes, k);
+    for (std::size_t e = 0; e < right.sums.size(); ++e) ASSERT_EQ(got.sums.data[e], right.sums[e]) << "element " << e;
+}
+
+TEST_F(AccumulateSmall, CodesThatEndAtAndAroundTheEndsOfRuns) {
+    random_source random;
+    for (const std::int64_t d : {3, 40, 150}) {
+        const std::int64_t run = sum_tile::rows(d);
+        const std::vector<std::vector<std::int64_t>> cases{
+            {run},
+            {run - 1},
+            {run + 1},
+            {run, run},
+            {run, 1},
+            {1, run},
+            {run - 1, 1, run},
+            {run - 1, 2, run - 1},
+            {run + 1, run - 1},
+            {0, run, 0, run, 0},
+            {1, run - 1, run, 1},
+            {2 * run},
+            {2 * run + 1},
+            {1, 2 * run - 1},
+            {1, 2 * run - 2, 1},
+            {1, 2 * run, 1},
+            {5, 3 * run + 7, 0, 2, run - 14, 4 * run, 1},
+            {7 * run + 3},
+            {0, 0, 11 * run, 0},
+        };
+        for (const auto& rows : cases) expect_exact_sums(random, rows, d);
+    }
+}
+
+TEST_F(AccumulateSmall, RowsLeftOutAroundTheEndsOfRuns) {
+    random_source random;
+    constexpr std::int64_t d = 3;
+    for (const std::int64_t valid : {0, 1, 63, 64, 65, 127, 128, 129})
+        for (const std::int64_t invalid : {0, 1, 63, 64, 65}) {
+            auto codes = random_codes(random, valid, 0, 1);
+            codes.insert(codes.end(), static_cast<std::size_t>(invalid), -1);
+            std::reverse(codes.begin(), codes.end());
+            expect_sums(random.normals<float>(valid + invalid, d), codes, 2);
+        }
+}
+
+TEST_F(AccumulateSmall, OddDimensions) {
+    random_source random;
+    for (const std::int64_t d : {1, 2, 3, 5, 8, 15, 31, 32, 33, 63, 97, 127, 128, 129, 130})
+        expect_sums(random.normals<float>(190, d), random_codes(random, 190, 0, 10), 11);
+}
+
+TEST_F(AccumulateSmall, WithoutRowsCountsAndSumsAreZeroOrStay) {
+    accumulate_memory<float> memory(matrix<float>(0, 140), {}, 9);
+    memory.run();
+    auto got = memory.outcome();
+    EXPECT_EQ(got.counts, std::vector<float>(9));
+    EXPECT_EQ(got.sums.data, std::vector<float>(9 * 140));
+    EXPECT_TRUE(same_stats(got.stats, {}));
+    memory.poison_outputs();
+    memory.params.add = true;
+    memory.run();
+    EXPECT_TRUE(memory.counts.untouched());
+    EXPECT_TRUE(memory.sums.untouched());
+}
+
+TEST_F(AccumulateSmall, OneRowOneCodeAndMoreCodesThanRows) {
+    random_source random;
+    expect_sums(random.normals<float>(1, 6), {0}, 1);
+    expect_sums(random.normals<float>(1, 6), {3}, 5);
+    expect_sums(random.normals<float>(1, 6), {-1}, 5);
+    expect_sums(random.normals<float>(10, 6), random_codes(random, 10, 0, 699), 700);
+    expect_sums(random.normals<float>(500, 6), codes_t(500, 0), 1);
+}
+
+TEST_F(AccumulateTest, ManyColumns) {
+    random_source random;
+    for (const std::int64_t d : {768, 2050}) {
+        expect_sums(random.normals<float>(5000, d), random_codes(random, 5000, 0, 2), 3);
+        expect_sums(random.normals<__half>(300, d), random_codes(random, 300, -1, 20), 20, random_weights(random, 300),
+                    awkward);
+    }
+}
+
+TEST_F(AccumulateTest, EveryRowOnOneCode) {
+    random_source random;
+    for (const std::int64_t d : {1, 24, 130})
+        expect_sums(random.normals<float>(100000, d), codes_t(100000, 3), 1000, random_weights(random, 100000));
+}
+
+TEST_F(AccumulateTest, CodesOfAZipfDistribution) {
+    random_source random;
+    codes_t codes;
+    for (int i = 0; i < 60000; ++i)  // P(code >= k) falls as 1 / (k + 1)
+        codes.push_back(std::min<std::int64_t>(999, 1000000 / random.integer(1, 1000000) - 1));
+    expect_sums(random.normals<float>(60000, 20), codes, 1000);
+}
+
+// ---- accuracy -------------------------------------------------------------------------------------------------------
+
+TEST_F(AccumulateTest, EqualRowsWhoseRoundingErrorsAllPointTheSameWay) {
+    // Adding one value again and again rounds the same way each time; each column repeats another value.
+    random_source random;
+    for (const std::int64_t d : {30, 128, 768, 2050}) {
+        const auto values = matrix<float>::generate(1, d, [&](auto, auto) { return 1.0f + std::abs(random.normal()); });
+        for (const std::int64_t n : {std::int64_t{64}, std::int64_t{sum_tile::rows(d)}, std::int64_t{20000}}) {
+            const auto x = matrix<float>::generate(n, d, [&](auto, auto column) { return values.at(0, column); });
+            expect_sums(x, codes_t(static_cast<std::size_t>(n), 0), 1);
+        }
+    }
+}
+
+TEST_F(AccumulateTest, CountsBeyondTheIntegersOfFloatAreRoundedOnce) {
+    constexpr std::int64_t n = (1 << 24) + 3;
+    const device_array<__half> x(std::vector<__half>{__half(0.5f)});
+    device_array<std::uint8_t> codes(n + 7);
+    codes.fill(0);
+    check(cudaMemset(codes.data() + 1000, 1, 7));
+    device_array<float> counts(2);
+    device_matrix<float> sums(2, 1);
+    accumulate(strided<const __half>(x.data(), n + 7, 1, 0), codes.view(), counts.view(), sums.view());
+    EXPECT_EQ(counts.download(), (std::vector<float>{16777220.0f, 7.0f}));
+    EXPECT_EQ(sums.download().data, (std::vector<float>{8388609.5f, 3.5f}));
+}
+
+TEST_F(AccumulateSmall, SumsThatOverflowAreInf) {
+    const auto got = accumulated(matrix<float>{{3e38f, 1}, {3e38f, 2}, {-3e38f, 3}}, {0, 0, 1}, 2);
+    EXPECT_EQ(got.sums.data, (std::vector<float>{inf, 3, -3e38f, 3}));
+    EXPECT_EQ(got.counts, (std::vector<float>{2, 1}));
+}
+
+TEST_F(AccumulateSmall, SubnormalAndHugeValues) {
+    random_source random;
+    auto x = random.normals<float>(200, 6);
+    for (std::int64_t i = 0; i < 200; ++i)
+        for (std::int64_t d = 0; d < 6; ++d) x(i, d) *= d < 3 ? 0x1p-140f : 1e36f;
+    expect_sums(x, random_codes(random, 200, 0, 3), 4);
+}
+
+// ---- add ------------------------------------------------------------------------------------------------------------
+
+TEST_F(AccumulateSmall, MicroBatchesAddUpToTheWholeBatch) {
+    random_source random;
+    const auto x = random.integers<float>(400, 9, -9, 9);
+    const auto codes = random_codes(random, 400, -1, 14);  // code 15 gets nothing
+    const auto whole = expect_sums(x, codes, 16);
+    accumulate_memory<float> memory(x, codes, 16);
+    std::int64_t invalid = 0;
+    for (std::int64_t first = 0; first < 400; first += 100) {
+        memory.params.add = first > 0;
+        accumulate(strided(memory.x.data() + first * 9, 100, 9, 9),
+                   vector_view<std::int32_t>(memory.codes.data() + first, 100), memory.counts.view(),
+                   memory.sums.view(), memory.params);
+        invalid += memory.stats.download()[0].invalid_rows;
+    }
+    const auto got = memory.outcome();
+    EXPECT_TRUE(same_bits(got.counts, whole.counts));
+    EXPECT_EQ(got.sums.data, whole.sums.data);  // up to the sign of zeros
+    EXPECT_EQ(invalid, whole.stats.invalid_rows);
+    EXPECT_EQ(got.stats.perplexity, whole.stats.perplexity);
+    EXPECT_EQ(got.stats.active_codes, whole.stats.active_codes);
+}
+
+TEST_F(AccumulateSmall, AddKeepsWhatWasThere) {
+    random_source random;
+    const auto x = random.normals<float>(300, 5);
+    const auto codes = random_codes(random, 300, 0, 3);
+    const auto old_counts = std::vector<float>{0.5f, 100, 0, 7, 3};
+    const auto old_sums = random.normals<float>(5, 5);
+    accumulate_memory<float> memory(x, codes, 5);
+    memory.counts.upload(old_counts);
+    memory.sums.upload(old_sums);
+    memory.params.add = true;
+    memory.run();
+    batch_sums right(x, codes, 5);
+    for (std::size_t k = 0; k < 5; ++k) right.counts[k] += old_counts[k];
+    for (std::size_t e = 0; e < 25; ++e) {
+        right.sums[e] += old_sums.data[e];
+        right.magnitude[e] += std::abs(old_sums.data[e]);
+    }
+    const auto got = memory.outcome();
+    expect_right(right, got);
+    EXPECT_EQ(got.counts[4], 3);
+    EXPECT_EQ(got.sums.row(4), old_sums.row(4));
+}
+
+// ---- workspace and refusals -----------------------------------------------------------------------------------------
+
+TEST_F(AccumulateSmall, AWorkspaceLentOrAllocatedGivesTheSame) {
+    random_source random;
+    accumulate_memory<float> memory(random.normals<float>(300, 6), random_codes(random, 300, -1, 20), 20);
+    memory.run();
+    const auto allocated = memory.outcome();
+    memory.poison_outputs();
+    const device_workspace ws(accumulate_workspace_bytes(memory.size, memory.params));
+    memory.run(ws.lent());
+    EXPECT_TRUE(same(memory.outcome(), allocated));
+    EXPECT_TRUE(ws.guard_untouched());
+    memory.poison_outputs();
+    memory.params.stats = nullptr;
+    memory.run(ws.lent());
+    EXPECT_TRUE(same_bits(memory.outcome().counts, allocated.counts));
+    EXPECT_TRUE(same_bits(memory.outcome().sums, allocated.sums));
+    EXPECT_TRUE(memory.stats.untouched());
+}
+
+TEST_F(AccumulateSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
+    random_source random;
+    accumulate_memory<float> memory(random.normals<float>(20, 6), random_codes(random, 20, 0, 9), 10);
+    const std::size_t bytes = accumulate_workspace_bytes(memory.size, memory.params);
+    const device_workspace block(bytes + 256);
+    char* data = static_cast<char*>(block.lent().data);
+    for (const workspace& ws :
+         {workspace{data, bytes - 1}, workspace{data, 0}, workspace{data + 8, bytes}, workspace{nullptr, bytes}}) {
+        const auto text = refusal([&] { memory.run(ws); });
+        EXPECT_EQ(text.rfind("cuvq::accumulate: workspace: ", 0), 0u) << text;
+    }
+    memory.params.weights = vector_view<const float>(memory.x.data(), 19);
+    const auto text = refusal([&] { memory.run(); });
+    EXPECT_EQ(text.rfind("cuvq::accumulate: params.weights: ", 0), 0u) << text;
+    EXPECT_TRUE(memory.counts.untouched());
+    EXPECT_TRUE(memory.sums.untouched());
+    EXPECT_TRUE(memory.stats.untouched());
+}
+
+// ---- determinism ----------------------------------------------------------------------------------------------------
+
+TEST_F(AccumulateTest, TwentyRunsAreBitwiseEqual) {
+    random_source random;
+    accumulate_memory<float> memory(random.normals<float>(30000, 40), random_codes(random, 30000, -3, 130), 128,
+                                    random_weights(random, 30000));
+    memory.run();
+    const auto first = memory.outcome();
+    for (int run = 1; run < 20; ++run) {
+        memory.poison_outputs();
+        memory.run();
+        ASSERT_TRUE(same(memory.outcome(), first)) << "run " << run;
+    }
+}
+
+TEST_F(AccumulateTest, TwoStreamsAtOnce) {
+    random_source random;
+    accumulate_memory<float> a(random.normals<float>(20000, 32), random_codes(random, 20000, 0, 99), 100);
+    accumulate_memory<__half> b(random.normals<__half>(30000, 16), random_codes(random, 30000, 0, 9), 300);
+    a.run();
+    b.run();
+    const auto alone_a = a.outcome(), alone_b = b.outcome();
+    const device_workspace ws_a(accumulate_workspace_bytes(a.size, a.params));
+    const test_stream stream_a, stream_b;
+    for (int round = 0; round < 5; ++round) {
+        a.poison_outputs();
+        b.poison_outputs();
+        for (int run = 0; run < 4; ++run) {
+            a.run(ws_a.lent(), stream_a);
+            b.run({}, stream_b);
+        }
+        ASSERT_TRUE(same(a.outcome(), alone_a));
+        ASSERT_TRUE(same(b.outcome(), alone_b));
+    }
+}
+
+TEST_F(AccumulateSmall, CapturedInAGraph) {
+    random_source random;
+    accumulate_memory<float> memory(random.normals<float>(500, 9), random_codes(random, 500, 0, 7), 9);
+    const device_workspace ws(accumulate_workspace_bytes(memory.size, memory.params));
+    for (const workspace& lent : {workspace{}, ws.lent()}) {
+        captured_graph graph([&](cudaStream_t stream) { memory.run(lent, stream); });
+        for (int replay = 0; replay < 3; ++replay) {
+            const auto x = random.normals<float>(500, 9);
+            const auto codes = random_codes(random, 500, -1, 9);
+            memory.x.upload(x);
+            memory.codes.upload(as<std::int32_t>(codes));
+            memory.poison_outputs();
+            graph.replay();
+            const auto replayed = memory.outcome();
+            expect_right(batch_sums(x, codes, 9), replayed);
+            memory.poison_outputs();
+            memory.run(lent);
+            EXPECT_TRUE(same(memory.outcome(), replayed));
+        }
+    }
+}
+
+// ---- beyond 2^31 ----------------------------------------------------------------------------------------------------
+
+TEST_F(LargeTest, MoreThan2To31ElementsOfX) {
+    constexpr std::int64_t columns = 64, edge = (std::int64_t{1} << 31) / columns, n = edge + 1000;
+    const shape size{n, 5, columns};
+    if (!has_free_memory(n * (columns * sizeof(__half) + 1) + accumulate_workspace_bytes(size) + (1 << 30)))
+        GTEST_SKIP() << "too little device memory for " << n << " x " << columns << " halves";
+    const auto x = pattern_array<__half>(n * columns, 11);
+    // Windows of rows with a code; the rest have none.
+    device_array<std::uint8_t> codes(n);
+    codes.fill(0xFF);
+    batch_sums right(matrix<float>(0, columns), {}, 5);
+    right.invalid = n;
+    for (const std::int64_t first : {std::int64_t{0}, edge / 2 - 100, edge - 300, n - 300}) {
+        std::vector<std::uint8_t> part;
+        for (std::int64_t i = 0; i < 300; ++i) part.push_back(static_cast<std::uint8_t>(i % 5));
+        check(cudaMemcpy(codes.data() + first, part.data(), part.size(), cudaMemcpyHostToDevice));
+        const batch_sums of_part(pattern_rows<__half>(first, 300, columns, 11), codes_t(part.begin(), part.end()), 5);
+        right.invalid -= 300;
+        for (std::size_t k = 0; k < 5; ++k) {
+            right.counts[k] += of_part.counts[k];
+            right.rows[k] += of_part.rows[k];
+        }
+        for (std::size_t e = 0; e < right.sums.size(); ++e) {
+            right.sums[e] += of_part.sums[e];
+            right.magnitude[e] += of_part.magnitude[e];
+        }
+    }
+    device_array<float> counts(5);
+    device_matrix<float> sums(5, columns);
+    device_array<step_stats> stats(1);
+    accumulate_params params;
+    params.stats = stats.data();
+    accumulate(matrix_view<const __half>(x.data(), n, columns), codes.view(), counts.view(), sums.view(), params);
+    expect_right(right, {counts.download(), sums.download(), stats.download()[0]});
+}
+
+TEST_F(LargeTest, MoreRowsThanAreSortedAtATime) {
+    constexpr std::int64_t slice = dispatch::most_slice_rows, n = slice + 5000;
+    if (!has_free_memory(n + accumulate_workspace_bytes({n, 4, 1}) + (std::size_t{1} << 30)))
+        GTEST_SKIP() << "too little device memory for " << n << " rows";
+    const device_array<__half> x(std::vector<__half>{__half(0.5f)});
+    device_array<std::uint8_t> codes(n);
+    codes.fill(0);
+    check(cudaMemset(codes.data() + slice - 100, 1, 300));  // over the end of the first slice
+    check(cudaMemset(codes.data() + n - 40, 2, 30));
+    check(cudaMemset(codes.data() + n - 10, 0xFF, 10));
+    device_array<float> counts(4);
+    device_matrix<float> sums(4, 1);
+    device_array<step_stats> stats(1);
+    accumulate_params params;
+    params.stats = stats.data();
+    accumulate(strided<const __half>(x.data(), n, 1, 0), codes.view(), counts.view(), sums.view(), params);
+    const auto got_counts = counts.download();
+    const auto got_sums = sums.download().data;
+    const auto rest = static_cast<float>(n - 340);
+    EXPECT_NEAR(got_counts[0], rest, rest * 0x1p-23f);
+    EXPECT_NEAR(got_sums[0], 0.5f * rest, rest * 0x1p-23f);
+    EXPECT_EQ((std::vector<float>(got_counts.begin() + 1, got_counts.end())), (std::vector<float>{300, 30, 0}));
+    EXPECT_EQ((std::vector<float>(got_sums.begin() + 1, got_sums.end())), (std::vector<float>{150, 15, 0}));
+    EXPECT_EQ(stats.download()[0].invalid_rows, 10);
+}
+
+TEST_F(LargeTest, MoreThan2To31ElementsOfTheSums) {
+    constexpr std::int64_t k = 70000, columns = 32768;
+    if (!has_free_memory(static_cast<std::size_t>(k * columns) * sizeof(float) + (std::size_t{1} << 30)))
+        GTEST_SKIP() << "too little device memory for " << k << " x " << columns << " floats";
+    const codes_t codes{0, 65535, 65536, 65537, k - 1, 65536, k, -1};
+    const auto x = pattern_rows<float>(0, 8, columns, 13);
+    accumulate_memory<float> memory(x, codes, 1);
+    device_array<float> counts(k), sums(k * columns);
+    accumulate(memory.x.view(), memory.codes.view(), counts.view(), matrix_view<float>(sums.data(), k, columns));
+    std::vector<float> right_counts(k);
+    for (const std::int64_t code : codes)
+        if (code >= 0 && code < k) ++right_counts[code];
+    EXPECT_EQ(counts.download(), right_counts);
+    for (const std::int64_t code : {0, 1, 32767, 65535, 65536, 65537, 65538, 69998, 69999}) {
+        std::vector<float> row(columns);
+        for (std::size_t i = 0; i < codes.size(); ++i)
+            for (std::int64_t d = 0; d < columns && codes[i] == code; ++d)
+                row[d] += x.at(static_cast<std::int64_t>(i), d);
+        EXPECT_EQ(sums.download(code * columns, columns), row) << "code " << code;
+    }
+}
+
+}  // namespace
+}  // namespace cuvq::test

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Runs every GPU test on this machine's GPU, then the small-shape ones under compute-sanitizer's memcheck.
+#
+#   tests/gpu.sh [build-dir]     (default: build/test, configured and built only if it holds no tests yet)
+#
+# The last line says what passed; the exit status is 0 only if everything did and no sanitizer found an error.
+# Set GTEST_FILTER to run a part.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+build=${1:-build/test}
+
+fail() {
+    printf 'gpu.sh: %s\n' "$*" >&2
+    exit 1
+}
+
+# tests/a/b_test.cu is built as <build-dir>/tests/a.b_test.
+tests=()
+while IFS= read -r source; do
+    name=${source#tests/}
+    name=${name%.cu}
+    tests+=("$build/tests/${name//\//.}")
+done < <(find tests -name '*_test.cu' | sort)
+
+if [ ! -x "${tests[0]}" ]; then
+    cmake --preset test -B "$build" && cmake --build "$build" --parallel "$(nproc)" || fail "the build failed"
+fi
+for test in "${tests[@]}"; do [ -x "$test" ] || fail "no $test: configure with a CUDA compiler"; done
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+passed=0 skipped=0 failed=0
+# Adds up what GoogleTest printed to $log; a program that did not get to its closing lines counts as one failure.
+count() {
+    local n
+    n=$(sed -n 's/^\[  PASSED  \] \([0-9]*\) tests\?\.$/\1/p' "$log")
+    [ -n "$n" ] || failed=$((failed + 1))
+    passed=$((passed + ${n:-0}))
+    n=$(sed -n 's/^\[  SKIPPED \] \([0-9]*\) tests\?, listed below:$/\1/p' "$log")
+    skipped=$((skipped + ${n:-0}))
+    n=$(sed -n 's/^\[  FAILED  \] \([0-9]*\) tests\?, listed below:$/\1/p' "$log")
+    failed=$((failed + ${n:-0}))
+}
+
+for test in "${tests[@]}"; do
+    printf '== %s\n' "${test##*/}"
+    "$test" --gtest_brief=0 >"$log" 2>&1
+    status=$?
+    grep -E '^\[  (FAILED|SKIPPED) |Failure|^\[==========\] .* ran' "$log" | sort -u | head -n 40
+    [ $status -eq 0 ] || grep -B 2 -A 12 'Failure' "$log" | head -n 60
+    count
+done
+[ "$passed" -gt 0 ] || fail "no test ran on a GPU ($skipped skipped, $failed failed)"
+
+checked=0
+if command -v compute-sanitizer >/dev/null; then
+    for test in "${tests[@]}"; do
+        [ -n "$("$test" --gtest_list_tests --gtest_filter='*Small*' | grep '^  ')" ] || continue
+        printf '== memcheck %s\n' "${test##*/}"
+        if compute-sanitizer --tool memcheck --error-exitcode 9 "$test" --gtest_filter='*Small*' >"$log" 2>&1; then
+            n=$(sed -n 's/^\[  PASSED  \] \([0-9]*\) tests\?\.$/\1/p' "$log")
+            checked=$((checked + ${n:-0}))
+        else
+            grep -E '=========|FAILED|Failure' "$log" | head -n 40
+            failed=$((failed + 1))
+        fi
+    done
+    memcheck="$checked under memcheck"
+else
+    memcheck="compute-sanitizer not found, no memcheck"
+    failed=$((failed + 1))
+fi
+
+printf 'gpu.sh: %d passed, %d skipped, %d failed, %s, on %s\n' "$passed" "$skipped" "$failed" "$memcheck" \
+    "$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)"
+[ "$failed" -eq 0 ]

@@ -1,0 +1,674 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+#include <cuvq/quantize.cuh>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "support/device.cuh"
+#include "support/large.cuh"
+#include "support/oracle.hpp"
+#include "support/random.hpp"
+#include "support/types.hpp"
+
+namespace cuvq::test {
+namespace {
+
+constexpr float inf = std::numeric_limits<float>::infinity();
+constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+
+/// Everything that a search gives; codes[i] = -1 where there is none.
+template <class X>
+struct found {
+    std::vector<std::int64_t> codes;
+    matrix<X> quantized;
+    std::vector<float> distances;
+    step_stats stats;
+};
+
+template <class X>
+bool same(const found<X>& a, const found<X>& b) {
+    return a.codes == b.codes && same_bits(a.quantized, b.quantized) && same_bits(a.distances, b.distances) &&
+           std::memcmp(&a.stats, &b.stats, sizeof(step_stats)) == 0;
+}
+
+/// Codes of any type; all bits set is -1, unless that is a code.
+template <class Int>
+std::vector<std::int64_t> signed_codes(const std::vector<Int>& codes, std::int64_t code_count) {
+    std::vector<std::int64_t> result;
+    for (const Int code : codes) {
+        const bool mark = code == static_cast<Int>(-1) && static_cast<std::uint64_t>(code) >= std::uint64_t(code_count);
+        result.push_back(mark ? -1 : static_cast<std::int64_t>(code));
+    }
+    return result;
+}
+
+/// The memory of a search that asks for everything.
+template <class X, class C, class Int = std::int32_t>
+struct search_memory {
+    device_matrix<X> x;
+    device_matrix<C> codebook;
+    device_array<Int> codes;
+    device_matrix<X> quantized;
+    device_array<float> distances;
+    device_array<step_stats> stats{1};
+    quantize_params params;
+    shape size;
+
+    search_memory(const matrix<X>& x_rows, const matrix<C>& codebook_rows, row_layout layout = {})
+        : x(x_rows, layout),
+          codebook(codebook_rows, layout),
+          codes(x_rows.rows, layout.offset),
+          quantized(x_rows.rows, x_rows.columns, layout),
+          distances(x_rows.rows, layout.offset),
+          size{x_rows.rows, codebook_rows.rows, x_rows.columns} {
+        params.stats = stats.data();
+    }
+
+    void run(const workspace& ws = {}, cudaStream_t stream = nullptr) {
+        quantize(x.view(), codebook.view(), codes.view(), quantized.view(), distances.view(), params, ws, stream);
+    }
+    void poison_outputs() {
+        codes.fill(poison);
+        quantized.fill(poison);
+        distances.fill(poison);
+        stats.fill(poison);
+    }
+    bool outputs_untouched() const {
+        return codes.untouched() && quantized.untouched() && distances.untouched() && stats.untouched();
+    }
+    found<X> outcome() const {
+        return {signed_codes(codes.download(), size.codes), quantized.download(), distances.download(),
+                stats.download()[0]};
+    }
+};
+
+template <class Int = std::int32_t, class X, class C>
+found<X> search(const matrix<X>& x, const matrix<C>& codebook, row_layout layout = {}) {
+    search_memory<X, C, Int> memory(x, codebook, layout);
+    const device_workspace ws(quantize_workspace_bytes(memory.size, memory.params));
+    memory.run(ws.lent());
+    EXPECT_TRUE(ws.guard_untouched());
+    EXPECT_TRUE(memory.quantized.padding_untouched());
+    return memory.outcome();
+}
+
+template <class X, class C>
+void expect_right(const matrix<X>& x, const matrix<C>& codebook, const found<X>& got) {
+    EXPECT_TRUE(codes_are_nearest(x, codebook, got.codes));
+    if (x.rows * codebook.rows * x.columns <= 20000000)
+        EXPECT_EQ(got.codes, nearest_codes(x, codebook, ordered_distance64)) << "in the order of certificate.cuh";
+    EXPECT_TRUE(distances_are_right(x, codebook, got.codes, got.distances));
+    EXPECT_TRUE(rows_are_of(codebook, got.codes, got.quantized));
+    EXPECT_TRUE(same_stats(got.stats, search_stats(x, codebook, got.codes)));
+}
+
+/// A search, judged.
+template <class X, class C>
+found<X> expect_exact(const matrix<X>& x, const matrix<C>& codebook, row_layout layout = {}) {
+    const auto got = search(x, codebook, layout);
+    expect_right(x, codebook, got);
+    return got;
+}
+
+class QuantizeSmall : public gpu_test {};
+class QuantizeTest : public gpu_test {};
+class LargeTest : public gpu_test {};
+
+// ---- element types --------------------------------------------------------------------------------------------------
+
+template <class Elements>
+class QuantizeTypesSmall : public gpu_test {
+protected:
+    using x = typename Elements::x;
+    using codebook = typename Elements::codebook;
+};
+TYPED_TEST_SUITE(QuantizeTypesSmall, element_pairs, type_names);
+
+TYPED_TEST(QuantizeTypesSmall, NormalData) {
+    random_source random;
+    for (const std::int64_t d : {1, 17, 64})
+        expect_exact(random.normals<typename TestFixture::x>(130, d),
+                     random.normals<typename TestFixture::codebook>(70, d));
+}
+
+TYPED_TEST(QuantizeTypesSmall, TiesOnAnIntegerGridGoToTheLowestCode) {
+    random_source random;
+    const auto x = random.integers<typename TestFixture::x>(150, 2, -3, 3);
+    const auto codebook = random.integers<typename TestFixture::codebook>(90, 2, -3, 3);
+    const auto got = expect_exact(x, codebook);
+    EXPECT_EQ(got.codes, nearest_codes(x, codebook, distance64));
+}
+
+TYPED_TEST(QuantizeTypesSmall, UnalignedStridedRows) {
+    random_source random;
+    for (const std::int64_t d : {5, 16, 67}) {
+        const auto x = random.normals<typename TestFixture::x>(70, d);
+        const auto codebook = random.normals<typename TestFixture::codebook>(66, d);
+        EXPECT_TRUE(same(expect_exact(x, codebook, awkward), search(x, codebook)));
+    }
+}
+
+TYPED_TEST(QuantizeTypesSmall, NanAndInfInXAndCodebook) {
+    random_source random;
+    auto x = random.normals<typename TestFixture::x>(100, 19);
+    auto codebook = random.normals<typename TestFixture::codebook>(80, 19);
+    const float bad[] = {nan, inf, -inf};
+    for (int j = 0; j < 12; ++j) {
+        x(8 * j, (7 * j) % 19) = bad[j % 3];
+        codebook(6 * j, (5 * j) % 19) = bad[j % 3];
+    }
+    const auto got = expect_exact(x, codebook);
+    EXPECT_EQ(got.stats.invalid_rows, 12);
+    for (int j = 0; j < 12; ++j) EXPECT_EQ(got.codes[8 * j], -1);
+}
+
+TYPED_TEST(QuantizeTypesSmall, LargestAndSmallestValuesOfTheType) {
+    const auto extremes = [](auto zero) {
+        using T = decltype(zero);
+        // Halve down from 1 and double up from 1 as long as the type goes.
+        std::vector<T> values{zero};
+        float low = 1, high = 1;
+        while (static_cast<float>(static_cast<T>(low / 2)) == low / 2 && low / 2 > 0) low /= 2;
+        while (std::isfinite(static_cast<float>(static_cast<T>(high * 2)))) high *= 2;
+        for (const float v : {low, 3 * low, high, 1.5f * high, 1.0f}) {
+            values.push_back(static_cast<T>(v));
+            values.push_back(static_cast<T>(-v));
+        }
+        return values;
+    };
+    random_source random;
+    const auto pick = [&](const auto& values) { return static_cast<float>(values[random.integer(0, 10)]); };
+    const auto of_x = extremes(typename TestFixture::x{});
+    const auto of_codebook = extremes(typename TestFixture::codebook{});
+    for (const std::int64_t d : {1, 2, 9})
+        expect_exact(
+            matrix<typename TestFixture::x>::generate(80, d, [&](auto, auto) { return pick(of_x); }),
+            matrix<typename TestFixture::codebook>::generate(65, d, [&](auto, auto) { return pick(of_codebook); }));
+}
+
+// ---- code types -----------------------------------------------------------------------------------------------------
+
+template <class Int>
+class QuantizeCodesSmall : public gpu_test {};
+TYPED_TEST_SUITE(QuantizeCodesSmall, code_types, type_names);
+
+TYPED_TEST(QuantizeCodesSmall, EveryCodeTypeHoldsTheSameCodes) {
+    random_source random;
+    auto x = random.normals<float>(90, 7);
+    x(40, 3) = nan;
+    x(89, 0) = inf;
+    const auto codebook = random.normals<float>(200, 7);
+    for (const row_layout layout : {row_layout{}, awkward}) {
+        const auto got = search<TypeParam>(x, codebook, layout);
+        expect_right(x, codebook, got);
+        EXPECT_EQ(got.codes[40], -1);
+        EXPECT_EQ(got.codes[89], -1);
+    }
+}
+
+template <class Int>
+void expect_invalid_rows_told_by_distance() {
+    constexpr std::int64_t k = std::int64_t{1} << (8 * sizeof(Int));
+    random_source random;
+    auto x = matrix<float>::generate(20, 1, [&](auto, auto) { return random.integer(0, k - 1); });
+    x(3, 0) = static_cast<float>(k - 1);
+    x(11, 0) = nan;
+    const auto got = search<Int>(x, matrix<float>::generate(k, 1, [](auto i, auto) { return i; }));
+    for (std::int64_t i = 0; i < x.rows; ++i) {
+        if (i == 11) continue;
+        EXPECT_EQ(got.codes[i], static_cast<std::int64_t>(x.at(i, 0)));
+        EXPECT_EQ(got.distances[i], 0.0f);
+    }
+    EXPECT_EQ(got.codes[11], k - 1);
+    EXPECT_TRUE(std::isnan(got.distances[11]));
+    EXPECT_TRUE(std::isnan(got.quantized.at(11, 0)));
+    EXPECT_EQ(got.stats.invalid_rows, 1);
+}
+
+TEST_F(QuantizeSmall, WhereEveryValueIsACodeTheDistanceTellsInvalidRows) {
+    expect_invalid_rows_told_by_distance<std::uint8_t>();
+    expect_invalid_rows_told_by_distance<std::uint16_t>();
+}
+
+// ---- shapes ---------------------------------------------------------------------------------------------------------
+
+TEST_F(QuantizeSmall, OddDimensions) {
+    random_source random;
+    for (const std::int64_t d : {1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 33, 63, 65, 97, 100, 127, 129, 130})
+        expect_exact(random.normals<float>(67, d), random.normals<float>(71, d));
+}
+
+TEST_F(QuantizeSmall, AStaticNumberOfColumnsChangesNothing) {
+    random_source random;
+    const auto x = random.normals<float>(70, 24), codebook = random.normals<float>(50, 24);
+    const auto dynamic = expect_exact(x, codebook);
+    search_memory<float, float> memory(x, codebook);
+    const auto expect_same = [&](const auto& x_view, const auto& codebook_view) {
+        memory.poison_outputs();
+        quantize(x_view, codebook_view, memory.codes.view(), memory.quantized.view(), memory.distances.view(),
+                 memory.params);
+        EXPECT_TRUE(same(memory.outcome(), dynamic));
+    };
+    expect_same(memory.x.fixed<24>(), memory.codebook.fixed<24>());
+    expect_same(memory.x.view(), memory.codebook.fixed<24>());
+    expect_same(memory.x.fixed<24>(), memory.codebook.view());
+}
+
+TEST_F(QuantizeSmall, RowsAndCodesAroundTheEdgesOfTiles) {
+    random_source random;
+    for (const std::int64_t n : {1, 15, 16, 17, 63, 64, 65, 127, 129})
+        for (const std::int64_t k : {1, 2, 15, 16, 17, 63, 64, 65, 128, 130})
+            expect_exact(random.normals<float>(n, 4), random.normals<float>(k, 4));
+}
+
+TEST_F(QuantizeSmall, WithoutRowsNoOutputIsTouched) {
+    random_source random;
+    const auto codebook = random.normals<float>(5, 3);
+    const auto got = search(matrix<float>(0, 3), codebook);
+    EXPECT_TRUE(same_stats(got.stats, {}));
+    // Views of no rows into memory that is there.
+    search_memory<float, float> memory(random.normals<float>(4, 3), codebook);
+    quantize(strided(memory.x.data(), 0, 3, 3), memory.codebook.view(),
+             vector_view<std::int32_t>(memory.codes.data(), 0), strided(memory.quantized.data(), 0, 3, 3),
+             vector_view<float>(memory.distances.data(), 0));
+    EXPECT_TRUE(memory.outputs_untouched());
+}
+
+TEST_F(QuantizeSmall, RowsThatShareMemory) {
+    random_source random;
+    const auto values = random.normals<float>(1, 80), codebook = random.normals<float>(30, 16);
+    const device_matrix<float> memory(values), centres(codebook);
+    for (const std::int64_t stride : {0, 1, 5}) {
+        const std::int64_t n = stride == 0 ? 70 : 64 / stride + 1;
+        const auto x = matrix<float>::generate(n, 16, [&](auto i, auto d) { return values.at(0, i * stride + d); });
+        device_array<std::int32_t> codes(n);
+        quantize(strided<const float>(memory.data(), n, 16, stride), centres.view(), codes.view());
+        EXPECT_TRUE(codes_are_nearest(x, codebook, signed_codes(codes.download(), 30)));
+    }
+}
+
+TEST_F(QuantizeTest, AThousandCodes) {
+    random_source random;
+    for (const std::int64_t d : {8, 64, 129})
+        expect_exact(random.normals<float>(777, d), random.normals<float>(1000, d));
+}
+
+TEST_F(QuantizeTest, ManyColumns) {
+    random_source random;
+    for (const std::int64_t d : {768, 2050}) {
+        expect_exact(random.normals<float>(70, d), random.normals<float>(90, d));
+        expect_exact(random.normals<__half>(33, d), random.normals<__half>(20, d), awkward);
+    }
+}
+
+TEST_F(QuantizeTest, MoreColumnsThanTheFilterServes) {
+    random_source random;
+    constexpr std::int64_t d = (1 << 20) + 5;
+    const auto codebook = random.normals<float>(5, d);
+    auto x = random.normals<float>(3, d);
+    x(1, d - 1) = nan;
+    const auto got = search(x, codebook);
+    EXPECT_TRUE(codes_are_nearest(x, codebook, got.codes));
+    EXPECT_TRUE(distances_are_right(x, codebook, got.codes, got.distances));
+}
+
+TEST_F(QuantizeTest, MoreTilesThanBlocks) {
+    random_source random;
+    const std::int64_t n = dispatch::most_search_blocks * simt_tile::rows + 12345;
+    expect_exact(random.normals<float>(n, 2), random.normals<float>(9, 2));
+}
+
+// ---- hard values ----------------------------------------------------------------------------------------------------
+
+TEST_F(QuantizeSmall, OneRepeatedRow) {
+    random_source random;
+    const auto row = random.normals<float>(1, 12);
+    const auto codebook = matrix<float>::generate(300, 12, [&](auto, auto d) { return row.at(0, d); });
+    const auto got = expect_exact(random.normals<float>(70, 12), codebook);
+    EXPECT_EQ(got.codes, std::vector<std::int64_t>(70, 0));
+}
+
+TEST_F(QuantizeSmall, ManyCopiesOfFewRows) {
+    random_source random;
+    const auto rows = random.normals<float>(7, 5);
+    const auto codebook = matrix<float>::generate(260, 5, [&](auto k, auto d) { return rows.at(6 - k % 7, d); });
+    const auto got = expect_exact(random.normals<float>(100, 5), codebook);
+    for (const std::int64_t code : got.codes) EXPECT_LT(code, 7);
+}
+
+/// v moved by so many units in the last place.
+float nudged(float v, std::int64_t ulps) {
+    for (; ulps > 0; --ulps) v = std::nextafter(v, inf);
+    for (; ulps < 0; ++ulps) v = std::nextafter(v, -inf);
+    return v;
+}
+
+TEST_F(QuantizeSmall, NearTiesOfOneUlp) {
+    random_source random;
+    // Codes on both sides of x, at distances that differ in the last place of one coordinate.
+    for (const float at : {0.0f, 0.75f, -3.0f})
+        for (const float radius : {1.0f, 0.3f, 1e-3f}) {
+            const auto codebook = matrix<float>::generate(150, 1, [&](auto, auto) {
+                return at + (random.integer(0, 1) ? 1.0f : -1.0f) * nudged(radius, random.integer(0, 5));
+            });
+            expect_exact(matrix<float>(3, 1, at), codebook);
+        }
+    // Rows that differ from one another by an ulp or two here and there; x close by, and far.
+    for (const float spread : {0.0f, 1e-6f, 1e-3f, 1.0f, 100.0f}) {
+        const auto base = random.normals<float>(1, 13);
+        const auto codebook = matrix<float>::generate(200, 13, [&](auto, auto d) {
+            return nudged(base.at(0, d), random.integer(0, 9) == 0 ? random.integer(-2, 2) : 0);
+        });
+        expect_exact(
+            matrix<float>::generate(66, 13, [&](auto, auto d) { return base.at(0, d) + spread * random.normal(); }),
+            codebook);
+    }
+}
+
+TEST_F(QuantizeSmall, ACommonOffsetOfAThousand) {
+    random_source random;
+    const auto shifted = [&](std::int64_t rows, std::int64_t columns) {
+        return matrix<float>::generate(rows, columns, [&](auto, auto) { return 1000 + random.normal(); });
+    };
+    for (const std::int64_t d : {3, 32}) expect_exact(shifted(120, d), shifted(100, d));
+    // Multiples of 2^-13 bear the offset without rounding, so it must change no code.
+    const auto steps = [&](std::int64_t rows) {
+        return matrix<float>::generate(rows, 20, [&](auto, auto) { return 0x1p-13f * random.integer(-20000, 20000); });
+    };
+    auto x = steps(130), codebook = steps(99);
+    const auto before = expect_exact(x, codebook);
+    for (float& v : x.data) v += 1000;
+    for (float& v : codebook.data) v += 1000;
+    const auto after = expect_exact(x, codebook);
+    EXPECT_EQ(after.codes, before.codes);
+    EXPECT_TRUE(same_bits(after.distances, before.distances));
+}
+
+TEST_F(QuantizeSmall, ScalesFrom1e30thTo1e30MixedPerRow) {
+    random_source random;
+    const auto scaled = [&](std::int64_t rows, std::int64_t columns) {
+        auto m = random.normals<float>(rows, columns);
+        for (std::int64_t i = 0; i < rows; ++i) {
+            const float scale = std::pow(10.0f, static_cast<float>(random.integer(-30, 30)));
+            for (std::int64_t d = 0; d < columns; ++d) m(i, d) *= scale;
+        }
+        return m;
+    };
+    for (const std::int64_t d : {1, 4, 33}) expect_exact(scaled(150, d), scaled(128, d));
+    // And per element.
+    const auto wild = [&](std::int64_t rows) {
+        return matrix<float>::generate(rows, 6, [&](auto, auto) {
+            return random.normal() * std::pow(10.0f, static_cast<float>(random.integer(-30, 30)));
+        });
+    };
+    expect_exact(wild(90), wild(70));
+}
+
+TEST_F(QuantizeSmall, SubnormalNumbers) {
+    random_source random;
+    const auto tiny = [&](std::int64_t rows, std::int64_t columns, std::int64_t most) {
+        return matrix<float>::generate(
+            rows, columns, [&](auto, auto) { return 0x1p-149f * static_cast<float>(random.integer(-most, most)); });
+    };
+    for (const std::int64_t most : {1, 100, 1 << 23, 1 << 24}) expect_exact(tiny(80, 3, most), tiny(70, 3, most));
+    // Distances that float cannot hold, but float64 tells apart.
+    expect_exact(matrix<float>(1, 1), matrix<float>{{3e-30f}, {2e-30f}, {-1e-30f}, {1e-30f}, {0x1p-149f}});
+}
+
+TEST_F(QuantizeSmall, MagnitudesUpToTheLargestFloat) {
+    constexpr float largest = std::numeric_limits<float>::max();
+    random_source random;
+    const float values[] = {largest, -largest, 3e38f, -3e38f, 1e38f, -1e38f, 2e19f, 1e19f, 1.0f, 0.0f};
+    const auto huge = [&](std::int64_t rows, std::int64_t columns) {
+        return matrix<float>::generate(rows, columns, [&](auto, auto) { return values[random.integer(0, 9)]; });
+    };
+    for (const std::int64_t d : {1, 2, 17}) expect_exact(huge(100, d), huge(66, d));
+    const auto got = expect_exact(matrix<float>{{largest}}, matrix<float>{{-largest}});
+    EXPECT_EQ(got.codes[0], 0);
+    EXPECT_EQ(got.distances[0], inf);
+    // One row whose distances overflow float beside rows whose do not.
+    expect_exact(matrix<float>{{1e25f, 1}, {0, 1}, {-1e25f, 0}, {5, 5}},
+                 matrix<float>{{0, 0}, {1e19f, 0}, {-1e20f, 3}, {5, 4}, {1e25f, 1}});
+}
+
+TEST_F(QuantizeSmall, ACodebookWithoutAFiniteRowMakesEveryRowInvalid) {
+    random_source random;
+    auto codebook = random.normals<float>(70, 3);
+    for (std::int64_t k = 0; k < 70; ++k) codebook(k, k % 3) = k % 2 ? nan : -inf;
+    const auto got = expect_exact(random.normals<float>(67, 3), codebook);
+    EXPECT_EQ(got.codes, std::vector<std::int64_t>(67, -1));
+    EXPECT_EQ(got.stats.invalid_rows, 67);
+    EXPECT_EQ(got.stats.active_codes, 0);
+    EXPECT_EQ(got.stats.perplexity, 0);
+    EXPECT_EQ(got.stats.commitment_loss, 0);
+}
+
+// ---- outputs and workspace ------------------------------------------------------------------------------------------
+
+TEST_F(QuantizeSmall, EachOptionalOutputGivenAndDiscarded) {
+    random_source random;
+    auto x = random.normals<float>(75, 10);
+    x(5, 5) = nan;
+    const auto codebook = random.normals<float>(40, 10);
+    search_memory<float, float> memory(x, codebook);
+    memory.run();
+    const auto whole = memory.outcome();
+    const auto run = [&](const auto& quantized, const auto& distances, bool reports) {
+        memory.poison_outputs();
+        quantize_params params;
+        params.stats = reports ? memory.stats.data() : nullptr;
+        quantize(memory.x.view(), memory.codebook.view(), memory.codes.view(), quantized, distances, params);
+        EXPECT_EQ(signed_codes(memory.codes.download(), 40), whole.codes);
+        const bool wants_rows = !std::is_same_v<std::decay_t<decltype(quantized)>, discard_t>;
+        const bool wants_distances = !std::is_same_v<std::decay_t<decltype(distances)>, discard_t>;
+        if (wants_rows)
+            EXPECT_TRUE(same_bits(memory.quantized.download(), whole.quantized));
+        else
+            EXPECT_TRUE(memory.quantized.untouched());
+        if (wants_distances)
+            EXPECT_TRUE(same_bits(memory.distances.download(), whole.distances));
+        else
+            EXPECT_TRUE(memory.distances.untouched());
+        if (reports)
+            EXPECT_EQ(std::memcmp(memory.stats.download().data(), &whole.stats, sizeof(step_stats)), 0);
+        else
+            EXPECT_TRUE(memory.stats.untouched());
+    };
+    for (const bool reports : {false, true}) {
+        run(discard, discard, reports);
+        run(memory.quantized.view(), discard, reports);
+        run(discard, memory.distances.view(), reports);
+        run(memory.quantized.view(), memory.distances.view(), reports);
+    }
+}
+
+TEST_F(QuantizeSmall, AWorkspaceLentOrAllocatedGivesTheSame) {
+    random_source random;
+    search_memory<float, float> memory(random.normals<float>(130, 6), random.normals<float>(33, 6));
+    memory.run();
+    const auto allocated = memory.outcome();
+    memory.poison_outputs();
+    const device_workspace ws(quantize_workspace_bytes(memory.size, memory.params));
+    memory.run(ws.lent());
+    EXPECT_TRUE(same(memory.outcome(), allocated));
+    EXPECT_TRUE(ws.guard_untouched());
+    EXPECT_EQ(quantize_workspace_bytes(memory.size), 0u);
+}
+
+TEST_F(QuantizeSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
+    random_source random;
+    search_memory<float, float> memory(random.normals<float>(20, 6), random.normals<float>(10, 6));
+    const std::size_t bytes = quantize_workspace_bytes(memory.size, memory.params);
+    const device_workspace block(bytes + 256);
+    char* data = static_cast<char*>(block.lent().data);
+    const auto refused = [&](const workspace& ws) {
+        const auto text = refusal([&] { memory.run(ws); });
+        EXPECT_EQ(text.rfind("cuvq::quantize: workspace: ", 0), 0u) << text;
+    };
+    refused({data, bytes - 1});
+    refused({data, 0});
+    refused({data + 128, bytes});
+    refused({nullptr, bytes});
+    const device_array<std::uint8_t> narrow(20);
+    const device_matrix<float> wide_codebook(random.normals<float>(257, 6));
+    EXPECT_EQ(refusal([&] {
+                  quantize(memory.x.view(), wide_codebook.view(), narrow.view());
+              }).rfind("cuvq::quantize: codes: ", 0),
+              0u);
+    EXPECT_EQ(refusal([&] {
+                  quantize(memory.x.view(), memory.codebook.view(), memory.codes.view(),
+                           strided(memory.quantized.data(), 19, 6, 6), memory.distances.view());
+              }).rfind("cuvq::quantize: quantized: ", 0),
+              0u);
+    EXPECT_TRUE(memory.outputs_untouched());
+    EXPECT_TRUE(narrow.untouched());
+}
+
+// ---- determinism ----------------------------------------------------------------------------------------------------
+
+TEST_F(QuantizeTest, TwentyRunsAreBitwiseEqual) {
+    random_source random;
+    search_memory<float, float> memory(random.normals<float>(20000, 24), random.normals<float>(1000, 24));
+    memory.run();
+    const auto first = memory.outcome();
+    EXPECT_TRUE(codes_are_nearest(memory.x.download(), memory.codebook.download(), first.codes));
+    for (int run = 1; run < 20; ++run) {
+        memory.poison_outputs();
+        memory.run();
+        ASSERT_TRUE(same(memory.outcome(), first)) << "run " << run;
+    }
+}
+
+TEST_F(QuantizeTest, ACodeDoesNotDependOnItsPlaceInTheBatch) {
+    random_source random;
+    const auto x = random.integers<float>(300, 6, -2, 2), codebook = random.integers<float>(150, 6, -2, 2);
+    search_memory<float, float> memory(x, codebook);
+    memory.run();
+    const auto whole = memory.outcome();
+    for (const std::int64_t first : {1, 7, 64, 100, 299}) {
+        const std::int64_t n = std::min<std::int64_t>(x.rows - first, 90);
+        device_array<std::int32_t> codes(n);
+        quantize(strided(memory.x.data() + first * 6, n, 6, 6), memory.codebook.view(), codes.view());
+        const auto begin = whole.codes.begin() + first;
+        EXPECT_EQ(signed_codes(codes.download(), 150), std::vector<std::int64_t>(begin, begin + n));
+    }
+}
+
+TEST_F(QuantizeTest, TwoStreamsAtOnce) {
+    random_source random;
+    search_memory<float, float> a(random.normals<float>(4000, 32), random.normals<float>(500, 32));
+    search_memory<__half, float> b(random.normals<__half>(5000, 16), random.normals<float>(700, 16));
+    a.run();
+    b.run();
+    const auto alone_a = a.outcome();
+    const auto alone_b = b.outcome();
+    const device_workspace ws_a(quantize_workspace_bytes(a.size, a.params));
+    const test_stream stream_a, stream_b;
+    for (int round = 0; round < 5; ++round) {
+        a.poison_outputs();
+        b.poison_outputs();
+        for (int run = 0; run < 4; ++run) {
+            a.run(ws_a.lent(), stream_a);
+            b.run({}, stream_b);
+        }
+        ASSERT_TRUE(same(a.outcome(), alone_a));
+        ASSERT_TRUE(same(b.outcome(), alone_b));
+    }
+}
+
+TEST_F(QuantizeSmall, CapturedInAGraph) {
+    random_source random;
+    search_memory<float, float> memory(random.normals<float>(90, 9), random.normals<float>(60, 9));
+    const device_workspace ws(quantize_workspace_bytes(memory.size, memory.params));
+    for (const workspace& lent : {workspace{}, ws.lent()}) {
+        captured_graph graph([&](cudaStream_t stream) { memory.run(lent, stream); });
+        for (int replay = 0; replay < 3; ++replay) {
+            const auto x = random.normals<float>(90, 9);
+            memory.x.upload(x);
+            memory.poison_outputs();
+            graph.replay();
+            const auto replayed = memory.outcome();
+            expect_right(x, memory.codebook.download(), replayed);
+            memory.poison_outputs();
+            memory.run(lent);
+            EXPECT_TRUE(same(memory.outcome(), replayed));
+        }
+    }
+}
+
+// ---- beyond 2^31 ----------------------------------------------------------------------------------------------------
+
+/// Rows [first, first + count) of a search over a pattern, judged.
+template <class X, class C>
+void expect_window(std::int64_t first, std::int64_t count, const matrix<C>& codebook, std::uint64_t seed,
+                   const device_array<std::int32_t>& codes, const device_array<X>& quantized,
+                   const device_array<float>& distances) {
+    const std::int64_t columns = codebook.columns;
+    const auto x = pattern_rows<X>(first, count, columns, seed);
+    const auto got = signed_codes(codes.download(first, count), codebook.rows);
+    EXPECT_TRUE(codes_are_nearest(x, codebook, got)) << "from row " << first;
+    EXPECT_TRUE(distances_are_right(x, codebook, got, distances.download(first, count))) << "from row " << first;
+    matrix<X> rows(count, columns);
+    rows.data = quantized.download(first * columns, count * columns);
+    EXPECT_TRUE(rows_are_of(codebook, got, rows)) << "from row " << first;
+}
+
+template <class X>
+void expect_large(std::int64_t n, std::int64_t k, std::int64_t columns) {
+    const std::size_t elements = static_cast<std::size_t>(n * columns);
+    if (!has_free_memory(2 * elements * sizeof(X) + static_cast<std::size_t>(n) * 8 + (std::size_t{1} << 30)))
+        GTEST_SKIP() << "too little device memory for " << n << " x " << columns << " elements twice";
+    random_source random;
+    const auto x = pattern_array<X>(n * columns, 5);
+    const auto codebook = random.normals<X>(k, columns);
+    const device_matrix<X> centres(codebook);
+    device_array<std::int32_t> codes(n);
+    device_array<X> quantized(n * columns);
+    device_array<float> distances(n);
+    quantize(matrix_view<const X>(x.data(), n, columns), centres.view(), codes.view(),
+             matrix_view<X>(quantized.data(), n, columns), distances.view());
+    const std::int64_t edge = (std::int64_t{1} << 31) / columns;  // where element numbers pass 2^31
+    const std::int64_t pair = (std::int64_t{1} << 31) / k;        // where row x code passes 2^31
+    for (const std::int64_t first :
+         {std::int64_t{0}, edge - 64, edge / 2, pair - 64, n - 128, random.integer(0, n - 128)})
+        if (first >= 0 && first + 128 <= n) expect_window<X>(first, 128, codebook, 5, codes, quantized, distances);
+}
+
+TEST_F(LargeTest, MoreThan2To31ElementsOfX) { expect_large<__half>((std::int64_t{1} << 31) / 64 + 1000, 5, 64); }
+
+TEST_F(LargeTest, MoreThan2To31PairsOfRowAndCode) {
+    expect_large<float>((std::int64_t{1} << 31) / 1100 + 5000, 1100, 4);
+}
+
+TEST_F(LargeTest, MoreThan2To31ElementsOfTheCodebook) {
+    constexpr std::int64_t k = 70000, columns = 32768, n = 24;
+    if (!has_free_memory(static_cast<std::size_t>(k * columns) * sizeof(float) + (std::size_t{1} << 30)))
+        GTEST_SKIP() << "too little device memory for " << k << " x " << columns << " floats";
+    const auto codebook = pattern_array<float>(k * columns, 3);
+    random_source random;
+    std::vector<std::int64_t> planted{0, 65535, 65536, 65537, k - 1};
+    while (planted.size() < n) planted.push_back(random.integer(0, k - 1));
+    const auto x = matrix<float>::generate(n, columns, [&](auto i, auto d) {
+        return pattern(3, planted[i] * columns + d) + 0.125f * pattern(7, i * columns + d);
+    });
+    search_memory<float, float> memory(x, matrix<float>(1, columns));
+    quantize(memory.x.view(), matrix_view<const float>(codebook.data(), k, columns), memory.codes.view(),
+             memory.quantized.view(), memory.distances.view());
+    EXPECT_EQ(signed_codes(memory.codes.download(), k), planted);
+    const auto chosen =
+        matrix<float>::generate(n, columns, [&](auto i, auto d) { return pattern(3, planted[i] * columns + d); });
+    std::vector<std::int64_t> own(n);
+    for (std::int64_t i = 0; i < n; ++i) own[i] = i;
+    EXPECT_TRUE(distances_are_right(x, chosen, own, memory.distances.download()));
+    EXPECT_TRUE(same_bits(memory.quantized.download(), chosen));
+}
+
+}  // namespace
+}  // namespace cuvq::test

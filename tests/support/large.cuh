@@ -1,0 +1,46 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// Matrices too large to come from the host: every element is a function of its place, known on both sides.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include "support/device.cuh"
+#include "support/host.hpp"
+
+namespace cuvq::test {
+
+/// Element `place` of pattern `seed`: a multiple of 1/8 in [-4, 4), exact in every element type.
+__host__ __device__ inline float pattern(std::uint64_t seed, std::int64_t place) {
+    std::uint64_t v = (static_cast<std::uint64_t>(place) + 1) * 0x9E3779B97F4A7C15u + seed * 0xD1B54A32D192ED03u;
+    v = (v ^ (v >> 30)) * 0xBF58476D1CE4E5B9u;
+    v = (v ^ (v >> 27)) * 0x94D049BB133111EBu;
+    return static_cast<float>(static_cast<int>((v >> 32) & 63u) - 32) * 0.125f;
+}
+
+template <class T>
+__global__ void fill_pattern(T* to, std::int64_t count, std::uint64_t seed) {
+    const std::int64_t stride = std::int64_t{gridDim.x} * blockDim.x;
+    for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += stride)
+        to[i] = static_cast<T>(pattern(seed, i));
+}
+
+/// [count] elements of the pattern in device memory.
+template <class T>
+device_array<T> pattern_array(std::int64_t count, std::uint64_t seed) {
+    device_array<T> a(count);
+    fill_pattern<<<4096, 256>>>(a.data(), count, seed);
+    check(cudaGetLastError());
+    check(cudaDeviceSynchronize());
+    return a;
+}
+
+/// Rows first .. first + rows - 1 of a matrix [any x columns] of the pattern.
+template <class T>
+matrix<T> pattern_rows(std::int64_t first, std::int64_t rows, std::int64_t columns, std::uint64_t seed) {
+    return matrix<T>::generate(rows, columns, [&](auto i, auto d) { return pattern(seed, (first + i) * columns + d); });
+}
+
+}  // namespace cuvq::test

@@ -1,0 +1,418 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+#include <cuvq/train_step.cuh>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include <cuvq/quantize.cuh>
+
+#include "support/device.cuh"
+#include "support/large.cuh"
+#include "support/oracle.hpp"
+#include "support/random.hpp"
+#include "support/training.hpp"
+#include "support/types.hpp"
+#include "support/update_judge.hpp"
+
+namespace cuvq::test {
+namespace {
+
+constexpr float inf = std::numeric_limits<float>::infinity();
+constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+
+/// The memory of a train step.
+template <class T, class X, class Int = std::int32_t>
+struct train_memory {
+    device_state<T> state;
+    device_matrix<X> x;
+    device_array<Int> codes;
+    device_matrix<X> quantized;
+    device_array<float> weights;
+    device_array<step_stats> stats{1};
+    train_params params;
+    shape size;
+
+    train_memory(const host_state<T>& s, const matrix<X>& rows, const ema_params& p,
+                 const std::vector<float>& weight_of = {}, row_layout layout = {})
+        : state(s),
+          x(rows, layout),
+          codes(rows.rows, layout.offset),
+          quantized(rows.rows, rows.columns, layout),
+          weights(weight_of, layout.offset),
+          params(p),
+          size{rows.rows, s.codebook.rows, rows.columns} {
+        params.stats = stats.data();
+        if (!weight_of.empty()) params.weights = vector_view<const float>(weights.data(), weights.size());
+    }
+    void run(const workspace& ws = {}, cudaStream_t stream = nullptr) {
+        train_step(state.view(), x.view(), codes.view(), quantized.view(), params, ws, stream);
+    }
+    void poison_outputs() {
+        codes.fill(poison);
+        quantized.fill(poison);
+        stats.fill(poison);
+    }
+    std::size_t workspace_bytes() const { return train_step_workspace_bytes(size, params); }
+    std::vector<std::int64_t> signed_codes() const {
+        const auto stored = codes.download();
+        return {stored.begin(), stored.end()};
+    }
+};
+
+/// Everything that a step leaves.
+template <class T, class X>
+struct left_behind {
+    host_state<T> state;
+    std::vector<std::int64_t> codes;
+    matrix<X> quantized;
+    step_stats stats;
+
+    template <class Int>
+    explicit left_behind(const train_memory<T, X, Int>& m)
+        : state(m.state.download()),
+          codes(m.signed_codes()),
+          quantized(m.quantized.download()),
+          stats(m.stats.download()[0]) {}
+};
+
+template <class T, class X>
+bool same(const left_behind<T, X>& a, const left_behind<T, X>& b) {
+    return same_state(a.state, b.state) && a.codes == b.codes && same_bits(a.quantized, b.quantized) &&
+           std::memcmp(&a.stats, &b.stats, sizeof(step_stats)) == 0;
+}
+
+/// One step, judged; the state after it.
+template <class T, class X>
+host_state<T> expect_step(const host_state<T>& before, const matrix<X>& x, const ema_params& params,
+                          const std::vector<float>& weights = {}, row_layout layout = {}) {
+    train_memory<T, X> memory(before, x, params, weights, layout);
+    const device_workspace ws(memory.workspace_bytes());
+    memory.run(ws.lent());
+    EXPECT_TRUE(ws.guard_untouched());
+    const left_behind<T, X> got(memory);
+    EXPECT_TRUE(codes_are_nearest(x, before.codebook, got.codes));
+    EXPECT_TRUE(rows_are_of(before.codebook, got.codes, got.quantized));
+    EXPECT_TRUE(memory.quantized.padding_untouched());
+    ema_params host = params;
+    if (!weights.empty()) host.weights = view(weights);
+    EXPECT_TRUE(update_of_batch_is_right(before, x, got.codes, host, got.state, got.stats));
+    const double loss = search_stats(x, before.codebook, got.codes).commitment_loss;
+    EXPECT_NEAR(got.stats.commitment_loss, loss, 1e-11 * loss);
+    return got.state;
+}
+
+class TrainStepSmall : public gpu_test {};
+class TrainStepTest : public gpu_test {};
+class LargeTest : public gpu_test {};
+
+// ---- steps ----------------------------------------------------------------------------------------------------------
+
+template <class Elements>
+class TrainStepTypesSmall : public gpu_test {
+protected:
+    using x = typename Elements::x;
+    using codebook = typename Elements::codebook;
+};
+TYPED_TEST_SUITE(TrainStepTypesSmall, element_pairs, type_names);
+
+TYPED_TEST(TrainStepTypesSmall, PresetsStepByStep) {
+    random_source random;
+    for (const auto& [name, params] : presets()) {
+        SCOPED_TRACE(name);
+        auto state = trained_state<typename TestFixture::codebook>(random, 40, 7);
+        for (int step = 0; step < 4; ++step) {
+            auto x = random.normals<typename TestFixture::x>(70, 7);
+            x(9, 6) = nan;
+            x(69, 0) = inf;
+            std::vector<float> weights;
+            for (int i = 0; i < 70 && step == 1; ++i) weights.push_back(std::abs(random.normal()));
+            if (step == 1) weights[3] = nan;
+            state = expect_step(state, x, params, weights, step == 2 ? awkward : row_layout{});
+        }
+    }
+}
+
+TEST_F(TrainStepSmall, EveryRuleStepByStep) {
+    random_source random;
+    for (const auto& [name, params] : every_rule()) {
+        SCOPED_TRACE(name);
+        auto state = trained_state<float>(random, 30, 5);
+        for (int step = 0; step < 4; ++step) state = expect_step(state, random.normals<float>(66, 5), params);
+    }
+}
+
+TEST_F(TrainStepSmall, IsQuantizeThenUpdate) {
+    random_source random;
+    for (const auto& [name, params] : presets()) {
+        SCOPED_TRACE(name);
+        const auto before = trained_state<float>(random, 50, 11);
+        auto x = random.normals<float>(140, 11);
+        x(77, 1) = nan;
+        train_memory<float, float> whole(before, x, params), parts(before, x, params);
+        whole.run();
+        quantize_params search;
+        search.stats = parts.stats.data();
+        quantize(parts.x.view(), parts.state.view().codebook, parts.codes.view(), parts.quantized.view(), discard,
+                 search);
+        const double loss = parts.stats.download()[0].commitment_loss;
+        ema_update(parts.state.view(), parts.x.view(), parts.codes.view(), parts.params);
+        auto stats = parts.stats.download();
+        EXPECT_EQ(stats[0].commitment_loss, 0);
+        stats[0].commitment_loss = loss;
+        parts.stats.upload(stats);
+        EXPECT_TRUE(same(left_behind<float, float>(whole), left_behind<float, float>(parts)));
+    }
+}
+
+TEST_F(TrainStepSmall, EmptyAndSingleBatchesAndACodebookLargerThanTheBatch) {
+    random_source random;
+    for (const auto& [name, params] : presets()) {
+        SCOPED_TRACE(name);
+        expect_step(trained_state<float>(random, 9, 4), matrix<float>(0, 4), params);
+        expect_step(trained_state<float>(random, 9, 4), random.normals<float>(1, 4), params);
+        expect_step(trained_state<float>(random, 1, 4), random.normals<float>(20, 4), params);
+        expect_step(trained_state<float>(random, 200, 4), random.normals<float>(33, 4), params);
+        expect_step(trained_state<float>(random, 5, 4), matrix<float>(7, 4, nan), params);
+    }
+}
+
+TEST_F(TrainStepSmall, OddDimensions) {
+    random_source random;
+    for (const std::int64_t d : {1, 3, 31, 33, 64, 129})
+        expect_step(trained_state<float>(random, 20, d), random.normals<float>(80, d), ema_params::encodec());
+}
+
+TEST_F(TrainStepSmall, AStaticNumberOfColumnsChangesNothing) {
+    random_source random;
+    const auto before = trained_state<float>(random, 20, 24);
+    const auto x = random.normals<float>(80, 24);
+    train_memory<float, float> dynamic(before, x, ema_params::mimi()), fixed(before, x, ema_params::mimi());
+    dynamic.run();
+    const auto s = fixed.state.view();
+    const codebook_state<float, 24> state{matrix_view<float, 24>(s.codebook.data_handle(), 20),
+                                          matrix_view<float, 24>(s.embed_sum.data_handle(), 20), s.cluster_size,
+                                          s.steps_since_active, s.step};
+    train_step(state, fixed.x.fixed<24>(), fixed.codes.view(), fixed.quantized.view(), fixed.params);
+    EXPECT_TRUE(same(left_behind<float, float>(fixed), left_behind<float, float>(dynamic)));
+}
+
+TEST_F(TrainStepSmall, ARowOfNanMovesNothingWhereItsMarkIsACode) {
+    random_source random;
+    auto x = random.normals<float>(300, 2);
+    x(7, 1) = nan;
+    x(8, 0) = -inf;
+    const auto before = trained_state<float>(random, 256, 2);
+    train_memory<float, float, std::uint8_t> memory(before, x, ema_params{});
+    memory.run();
+    auto codes = memory.signed_codes();
+    EXPECT_EQ(codes[7], 255);
+    EXPECT_EQ(codes[8], 255);
+    codes[7] = codes[8] = -1;
+    EXPECT_TRUE(codes_are_nearest(x, before.codebook, codes));
+    const auto stats = memory.stats.download()[0];
+    EXPECT_EQ(stats.invalid_rows, 2);
+    EXPECT_TRUE(update_of_batch_is_right(before, x, codes, ema_params{}, memory.state.download(), stats));
+}
+
+TEST_F(TrainStepTest, ManyColumns) {
+    random_source random;
+    for (const std::int64_t d : {768, 2050})
+        expect_step(trained_state<float>(random, 60, d), random.normals<float>(150, d), ema_params::rectokens());
+}
+
+TEST_F(TrainStepTest, ThousandsOfRowsAndCodes) {
+    random_source random;
+    for (const auto& [name, params] : presets()) {
+        SCOPED_TRACE(name);
+        auto state = initial_state(random.normals<float>(1000, 16), params);
+        for (int step = 0; step < 6; ++step) state = expect_step(state, random.normals<float>(3000, 16), params);
+    }
+}
+
+// ---- outputs, workspace, refusals -----------------------------------------------------------------------------------
+
+TEST_F(TrainStepSmall, WorkspaceAndOptionalOutputsChangeNothing) {
+    random_source random;
+    for (const auto& [name, params] : presets()) {
+        SCOPED_TRACE(name);
+        const auto before = trained_state<float>(random, 33, 7);
+        train_memory<float, float> memory(before, random.normals<float>(150, 7), params);
+        memory.run();
+        const left_behind<float, float> whole(memory);
+        memory.state.upload(before);
+        memory.poison_outputs();
+        const device_workspace ws(memory.workspace_bytes());
+        memory.run(ws.lent());
+        EXPECT_TRUE(same(left_behind<float, float>(memory), whole));
+        EXPECT_TRUE(ws.guard_untouched());
+        memory.state.upload(before);
+        memory.poison_outputs();
+        train_step(memory.state.view(), memory.x.view(), memory.codes.view(), discard, train_params(params));
+        EXPECT_TRUE(same_state(memory.state.download(), whole.state));
+        EXPECT_EQ(memory.signed_codes(), whole.codes);
+        EXPECT_TRUE(memory.quantized.untouched());
+        EXPECT_TRUE(memory.stats.untouched());
+    }
+}
+
+TEST_F(TrainStepSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
+    random_source random;
+    const auto before = trained_state<float>(random, 10, 6);
+    train_memory<float, float> memory(before, random.normals<float>(20, 6), ema_params::mimi());
+    const std::size_t bytes = memory.workspace_bytes();
+    const device_workspace block(bytes + 256);
+    char* data = static_cast<char*>(block.lent().data);
+    for (const workspace& ws :
+         {workspace{data, bytes - 1}, workspace{data, 0}, workspace{data + 64, bytes}, workspace{nullptr, bytes}}) {
+        const auto text = refusal([&] { memory.run(ws); });
+        EXPECT_EQ(text.rfind("cuvq::train_step: workspace: ", 0), 0u) << text;
+    }
+    memory.params.decay = 1.5;
+    EXPECT_EQ(refusal([&] { memory.run(); }).rfind("cuvq::train_step: params.decay: ", 0), 0u);
+    EXPECT_TRUE(same_state(memory.state.download(), before));
+    EXPECT_TRUE(memory.codes.untouched());
+    EXPECT_TRUE(memory.quantized.untouched());
+    EXPECT_TRUE(memory.stats.untouched());
+}
+
+// ---- determinism ----------------------------------------------------------------------------------------------------
+
+TEST_F(TrainStepTest, TwentyRunsAreBitwiseEqual) {
+    random_source random;
+    const auto before = trained_state<float>(random, 500, 20);
+    train_memory<float, float> memory(before, random.normals<float>(10000, 20), ema_params::vector_quantize_pytorch());
+    memory.run();
+    const left_behind<float, float> first(memory);
+    EXPECT_GT(first.stats.restarted_codes, 0);
+    for (int run = 1; run < 20; ++run) {
+        memory.state.upload(before);
+        memory.poison_outputs();
+        memory.run();
+        ASSERT_TRUE(same(left_behind<float, float>(memory), first)) << "run " << run;
+    }
+}
+
+TEST_F(TrainStepTest, TwoStreamsAtOnce) {
+    random_source random;
+    const auto before_a = trained_state<float>(random, 300, 16), before_b = trained_state<float>(random, 400, 12);
+    train_memory<float, float> a(before_a, random.normals<float>(5000, 16), ema_params::mimi());
+    train_memory<float, __half> b(before_b, random.normals<__half>(4000, 12), ema_params::encodec());
+    const auto sequence = [](auto& memory, cudaStream_t stream, const workspace& ws) {
+        for (int step = 0; step < 5; ++step) memory.run(ws, stream);
+    };
+    sequence(a, nullptr, {});
+    sequence(b, nullptr, {});
+    const left_behind<float, float> alone_a(a);
+    const left_behind<float, __half> alone_b(b);
+    const device_workspace ws(b.workspace_bytes());
+    const test_stream stream_a, stream_b;
+    for (int round = 0; round < 4; ++round) {
+        a.state.upload(before_a);
+        b.state.upload(before_b);
+        a.poison_outputs();
+        b.poison_outputs();
+        sequence(a, stream_a, {});
+        sequence(b, stream_b, ws.lent());
+        ASSERT_TRUE(same(left_behind<float, float>(a), alone_a));
+        ASSERT_TRUE(same(left_behind<float, __half>(b), alone_b));
+    }
+}
+
+/// Five replays of a captured step against five eager ones. The capture comes first: it must not need a warm-up.
+void expect_replays_are_steps(bool lends) {
+    random_source random;
+    for (const auto& [name, params] : presets()) {
+        SCOPED_TRACE(name);
+        auto before = trained_state<float>(random, 80, 6);
+        for (auto& steps : before.steps_since_active) steps += 16;  // so that rectokens restarts some
+        train_memory<float, float> memory(before, random.normals<float>(60, 6), params);
+        const device_workspace ws(memory.workspace_bytes());
+        const workspace lent = lends ? ws.lent() : workspace{};
+        captured_graph graph([&](cudaStream_t stream) { memory.run(lent, stream); });
+        EXPECT_TRUE(same_state(memory.state.download(), before)) << "a capture runs nothing";
+        std::vector<left_behind<float, float>> replayed;
+        for (int step = 0; step < 5; ++step) {
+            graph.replay();
+            replayed.emplace_back(memory);
+        }
+        memory.state.upload(before);
+        std::int64_t restarted = 0;
+        for (int step = 0; step < 5; ++step) {
+            memory.poison_outputs();
+            memory.run(lent);
+            const left_behind<float, float> eager(memory);
+            EXPECT_TRUE(same(eager, replayed[static_cast<std::size_t>(step)])) << "step " << step;
+            restarted += eager.stats.restarted_codes;
+        }
+        EXPECT_EQ(memory.state.download().step, before.step + 5);
+        EXPECT_EQ(restarted > 0, params.dead_codes != dead_code_rule::none);
+        // And all at once, without a look in between.
+        memory.state.upload(before);
+        for (int step = 0; step < 5; ++step) graph.replay();
+        EXPECT_TRUE(same(left_behind<float, float>(memory), replayed.back()));
+    }
+}
+
+TEST_F(TrainStepSmall, ReplaysInALentWorkspaceAreSteps) { expect_replays_are_steps(true); }
+
+TEST_F(TrainStepSmall, ReplaysThatAllocateAreSteps) { expect_replays_are_steps(false); }
+
+// ---- beyond 2^31 ----------------------------------------------------------------------------------------------------
+
+TEST_F(LargeTest, MoreThan2To31ElementsOfTheState) {
+    constexpr std::int64_t k = 70000, columns = 32768, n = 8;
+    const shape size{n, k, columns};
+    if (!has_free_memory(2 * static_cast<std::size_t>(k * columns) * sizeof(float) + train_step_workspace_bytes(size) +
+                         (std::size_t{1} << 30)))
+        GTEST_SKIP() << "too little device memory for a state of " << k << " x " << columns << " floats";
+    const auto codebook = pattern_array<float>(k * columns, 17), embed_sum = pattern_array<float>(k * columns, 17);
+    const device_array<float> cluster_size(std::vector<float>(k, 1.0f));
+    device_array<std::int32_t> steps(k);
+    steps.fill(0);
+    const device_array<std::int64_t> step(std::vector<std::int64_t>{0});
+    const codebook_state<float> state{matrix_view<float>(codebook.data(), k, columns),
+                                      matrix_view<float>(embed_sum.data(), k, columns), cluster_size.view(),
+                                      steps.view(), step.data()};
+    const std::vector<std::int64_t> planted{0, 65535, 65536, 65537, k - 1, 65536, 1, 40000};
+    const auto row_of = [&](std::int64_t code) { return pattern_rows<float>(code, 1, columns, 17); };
+    const auto x = matrix<float>::generate(n, columns, [&](auto i, auto d) {
+        return pattern(17, planted[i] * columns + d) + 0.125f * pattern(7, i * columns + d);
+    });
+    const device_matrix<float> rows(x);
+    device_array<std::int32_t> codes(n);
+    ema_params params;
+    params.decay = 0.5;
+    train_step(state, rows.view(), codes.view(), discard, params);
+    const auto got = codes.download();
+    EXPECT_EQ(std::vector<std::int64_t>(got.begin(), got.end()), planted);
+    EXPECT_EQ(step.download()[0], 1);
+    const auto sizes = cluster_size.download();
+    const auto unused = steps.download();
+    for (const std::int64_t code : {0, 1, 2, 40000, 65534, 65535, 65536, 65537, 65538, 69998, 69999}) {
+        std::vector<std::int64_t> members;
+        for (std::int64_t i = 0; i < n; ++i)
+            if (planted[i] == code) members.push_back(i);
+        const auto old = row_of(code);
+        const auto now = codebook.download(code * columns, columns), sum = embed_sum.download(code * columns, columns);
+        const double count = static_cast<double>(members.size());
+        EXPECT_EQ(unused[code], members.empty() ? 1 : 0) << "code " << code;
+        EXPECT_EQ(sizes[code], members.empty() ? 1.0f : static_cast<float>(0.5 + 0.5 * count)) << "code " << code;
+        for (std::int64_t d = 0; d < columns; ++d) {
+            double wanted = old.at(0, d);
+            for (const std::int64_t i : members) wanted += x.at(i, d);
+            if (!members.empty()) wanted *= 0.5;  // small multiples of 1/64: exact
+            ASSERT_EQ(sum[d], wanted) << "code " << code << ", column " << d;
+            const double row = members.empty() ? old.at(0, d) : wanted / (0.5 + 0.5 * count);
+            ASSERT_NEAR(now[d], row, 0x1p-22 * std::abs(row)) << "code " << code << ", column " << d;
+        }
+    }
+}
+
+}  // namespace
+}  // namespace cuvq::test
