@@ -40,9 +40,9 @@ private:
 };
 
 /// What the rows of a run share.
-class session {
+class fixture {
 public:
-    session(const options& o, report& r) : settings(o), out(r), watch(o.seconds) {
+    fixture(const options& o, report& r) : settings(o), out(r), watch(o.seconds) {
         int device = 0;
         CUVQ_CHECK_CUDA(cudaGetDevice(&device));
         CUVQ_CHECK_CUDA(cudaGetDeviceProperties(&card, device));
@@ -81,7 +81,7 @@ constexpr auto nothing = [] {};
 
 /// Registers a row: body(state, row). What it throws ends up in the row.
 template <class Body>
-void add(session& s, row r, Body body) {
+void add(fixture& s, row r, Body body) {
     r.hard = r.test != "ceiling" && s.settings.data == data_kind::hard;
     const auto run = [&s, r, body](benchmark::State& state) {
         try {
@@ -100,7 +100,7 @@ void add(session& s, row r, Body body) {
 
 // ---- the card and its floors ----------------------------------------------------------------------------------------
 
-void add_ceilings(session& s) {
+void add_ceilings(fixture& s) {
     add(s, {"ceiling", "copy", "", {}, ""}, [&s](benchmark::State& state, const row& r) {
         const buffer<float> from(std::int64_t{1} << 28), to(from.size());
         fill_x<<<loop_blocks, loop_threads>>>(from.data(), data_kind::normal, from.size(), cuvq::shape{1, 1, 1});
@@ -125,7 +125,7 @@ void add_ceilings(session& s) {
 }
 
 template <class X>
-void add_floors(session& s, const cuvq::shape& shape, const char* type) {
+void add_floors(fixture& s, const cuvq::shape& shape, const char* type) {
     const double bytes = vector_bytes(shape, sizeof(X));
     add(s, {"floor", "copy_x", type, shape, ""}, [&s, bytes](benchmark::State& state, const row& r) {
         const auto& p = s.get<X>(r.shape).data;
@@ -172,7 +172,7 @@ std::pair<std::string, measured> fastest(int candidates, TryNext&& try_next) {
 }
 
 template <class X>
-void add_product_argmin(session& s, const cuvq::shape& shape, const char* type, const char* who,
+void add_product_argmin(fixture& s, const cuvq::shape& shape, const char* type, const char* who,
                         cublasComputeType_t compute) {
     add(s, {"quantize", who, type, shape, "codes"}, [&s, compute](benchmark::State& state, const row& r) {
         auto& judged = s.get<X>(r.shape);
@@ -191,7 +191,7 @@ void add_product_argmin(session& s, const cuvq::shape& shape, const char* type, 
 }
 
 template <class X>
-void add_half_product(session& s, const cuvq::shape& shape) {
+void add_half_product(fixture& s, const cuvq::shape& shape) {
     add(s, {"quantize", product_peer, "half", shape, ""}, [&s](benchmark::State& state, const row& r) {
         const auto& p = s.get<X>(r.shape).data;
         const auto [label, m] = fastest(2, [&](int i) {
@@ -210,7 +210,7 @@ void add_half_product(session& s, const cuvq::shape& shape) {
 }
 
 template <class X>
-void add_one_hot(session& s, const cuvq::shape& shape, const char* type) {
+void add_one_hot(fixture& s, const cuvq::shape& shape, const char* type) {
     add(s, {"accumulate", "cublas_one_hot", type, shape, ""}, [&s](benchmark::State& state, const row& r) {
         const auto& p = s.get<X>(r.shape).data;
         p.draw("uniform");
@@ -223,7 +223,7 @@ void add_one_hot(session& s, const cuvq::shape& shape, const char* type) {
 }
 
 template <class X>
-void add_sort_reduce(session& s, const cuvq::shape& shape, const char* type, const std::string& codes) {
+void add_sort_reduce(fixture& s, const cuvq::shape& shape, const char* type, const std::string& codes) {
     add(s, {"accumulate", "cub_sort_reduce", type, shape, codes}, [&s](benchmark::State& state, const row& r) {
         const auto& p = s.get<X>(r.shape).data;
         p.draw(r.variant);
@@ -236,7 +236,7 @@ void add_sort_reduce(session& s, const cuvq::shape& shape, const char* type, con
 }
 
 template <class X>
-void add_peers(session& s, const cuvq::shape& shape, const char* type) {
+void add_peers(fixture& s, const cuvq::shape& shape, const char* type) {
     if (s.settings.wants("quantize")) {
         if constexpr (std::is_same_v<X, float>) {
             add_product_argmin<X>(s, shape, type, "cublas_fp32_argmin", CUBLAS_COMPUTE_32F);
@@ -258,7 +258,7 @@ void add_peers(session& s, const cuvq::shape& shape, const char* type) {
 
 /// Codes only, found as `params` say.
 template <class X>
-void add_codes(session& s, const cuvq::shape& shape, const char* type, const char* variant,
+void add_codes(fixture& s, const cuvq::shape& shape, const char* type, const char* variant,
                const quantize_params& params) {
     add(s, {"quantize", "cuvq", type, shape, variant}, [&s, params](benchmark::State& state, const row& r) {
         auto& judged = s.get<X>(r.shape);
@@ -274,7 +274,7 @@ void add_codes(session& s, const cuvq::shape& shape, const char* type, const cha
 }
 
 template <class X>
-void add_quantize(session& s, const cuvq::shape& shape, const char* type) {
+void add_quantize(fixture& s, const cuvq::shape& shape, const char* type) {
     add_codes<X>(s, shape, type, "codes", {});
     add(s, {"quantize", "cuvq", type, shape, "all"}, [&s](benchmark::State& state, const row& r) {
         auto& judged = s.get<X>(r.shape);
@@ -298,7 +298,7 @@ void add_quantize(session& s, const cuvq::shape& shape, const char* type) {
 }
 
 template <class X>
-void add_accumulate(session& s, const cuvq::shape& shape, const char* type, const std::string& codes) {
+void add_accumulate(fixture& s, const cuvq::shape& shape, const char* type, const std::string& codes) {
     add(s, {"accumulate", "cuvq", type, shape, codes}, [&s](benchmark::State& state, const row& r) {
         const auto& p = s.get<X>(r.shape).data;
         p.draw(r.variant);
@@ -319,7 +319,7 @@ void add_accumulate(session& s, const cuvq::shape& shape, const char* type, cons
 }
 
 template <class X>
-void add_ema_update(session& s, const cuvq::shape& shape, const char* type, const std::string& codes) {
+void add_ema_update(fixture& s, const cuvq::shape& shape, const char* type, const std::string& codes) {
     add(s, {"ema_update", "cuvq", type, shape, codes}, [&s](benchmark::State& state, const row& r) {
         const auto& p = s.get<X>(r.shape).data;
         p.draw(r.variant);
@@ -342,7 +342,7 @@ void add_ema_update(session& s, const cuvq::shape& shape, const char* type, cons
 }
 
 template <class X>
-void add_train_step(session& s, const cuvq::shape& shape, const char* type) {
+void add_train_step(fixture& s, const cuvq::shape& shape, const char* type) {
     add(s, {"train_step", "cuvq", type, shape, ""}, [&s](benchmark::State& state, const row& r) {
         auto& judged = s.get<X>(r.shape);
         const auto& p = judged.data;
@@ -366,7 +366,7 @@ void add_train_step(session& s, const cuvq::shape& shape, const char* type) {
 }
 
 template <class X>
-void add_shape(session& s, const cuvq::shape& shape, const char* type) {
+void add_shape(fixture& s, const cuvq::shape& shape, const char* type) {
     if (s.settings.peers) {
         add_floors<X>(s, shape, type);
         add_peers<X>(s, shape, type);
@@ -404,8 +404,8 @@ std::string no_gpu() {
 }
 
 std::shared_ptr<void> register_gpu(const options& o, report& r) {
-    const auto shared = std::make_shared<session>(o, r);
-    session& s = *shared;
+    const auto shared = std::make_shared<fixture>(o, r);
+    fixture& s = *shared;
     int runtime = 0, driver = 0;
     CUVQ_CHECK_CUDA(cudaRuntimeGetVersion(&runtime));
     CUVQ_CHECK_CUDA(cudaDriverGetVersion(&driver));

@@ -63,13 +63,13 @@ How
   --benchmark_...      --benchmark_filter=REGEX, --benchmark_list_tests=true,
                        --benchmark_out=FILE.json, ... as in any Google Benchmark
 
-A row is CASE/WHO/TYPE/NxKxD/VARIANT[/hard]. Its time is the median of samples between
-two CUDA events; a sample is a captured graph of launches that lasts 1 ms or more.
-Vectors that fit in the card's L2 cache are timed there, as they are right after
-the layer that made them; larger ones (or all, with --cold) rotate over enough
-sets that none is still in L2. The state of ema_update and train_step is reset
-before each sample. Memory is allocated, and norms and copies that a peer needs
-of the codebook are made, outside the timed part. Data are random.
+A row is CASE/WHO/TYPE/NxKxD/VARIANT[/hard]. Its time is the median of samples
+between two CUDA events; a sample is a captured graph of as many launches as take
+about 1 ms. Vectors that fit in the card's L2 cache are timed there, as they are
+right after the layer that made them; larger ones (or all, with --cold) rotate
+over enough sets that none is still in L2. The state of ema_update and train_step
+is reset before each sample. Memory is allocated, and norms and copies that a peer
+needs of the codebook are made, outside the timed part. Data are random.
 
 Peers: cublas_*_argmin: the matrix of scores by cuBLAS, then argmin with CUB, in
 pieces that fit in L2 or whole, whichever is faster; cublas_fp16_product: that

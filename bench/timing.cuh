@@ -1,7 +1,8 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// How a GPU row is timed. Launches are captured in a graph, as many as last a millisecond, so that the host's launch
-// latency is no part of the time; a sample is one replay between two events; the row is the median of the samples.
+// How a GPU row is timed. Launches are captured in a graph, as many as take about a millisecond, so that the host's
+// launch latency is no part of the time; a sample is one replay between two events; the row is the median of the
+// samples.
 #pragma once
 
 #include <algorithm>

@@ -49,6 +49,19 @@ std::vector<std::int64_t> signed_codes(const std::vector<Int>& codes, std::int64
     return result;
 }
 
+/// The search on the CUDA cores, whatever the device: what `quantize` does where there is no faster one.
+template <class XView, class CodebookView, class CodesView, class QuantizedView, class DistancesView>
+void quantize_simt(const XView& x, const CodebookView& codebook, const CodesView& codes, const QuantizedView& quantized,
+                   const DistancesView& distances) {
+    const auto args = detail::validate_quantize("quantize_simt", x, codebook, codes, quantized, distances, {});
+    using X = detail::value_of<XView>;
+    using C = detail::value_of<CodebookView>;
+    if (args.x.rows == 0) return;
+    detail::launch(kernel::quantize<simt_tile, dynamic_extent, X, C>,
+                   detail::blocks_for(args.x.rows, simt_tile::rows, dispatch::most_search_blocks), simt_tile::threads,
+                   nullptr, 0, args, kernel::search_tally{});
+}
+
 /// The memory of a search that asks for everything.
 template <class X, class C, class Int = std::int32_t>
 struct search_memory {
@@ -74,6 +87,7 @@ struct search_memory {
     void run(const workspace& ws = {}, cudaStream_t stream = nullptr) {
         quantize(x.view(), codebook.view(), codes.view(), quantized.view(), distances.view(), params, ws, stream);
     }
+    void run_simt() { quantize_simt(x.view(), codebook.view(), codes.view(), quantized.view(), distances.view()); }
     void poison_outputs() {
         codes.fill(poison);
         quantized.fill(poison);
@@ -109,11 +123,17 @@ void expect_right(const matrix<X>& x, const matrix<C>& codebook, const found<X>&
     EXPECT_TRUE(same_stats(got.stats, search_stats(x, codebook, got.codes)));
 }
 
-/// A search, judged.
+/// A search, judged; and the one on the CUDA cores, which must give the same.
 template <class X, class C>
 found<X> expect_exact(const matrix<X>& x, const matrix<C>& codebook, row_layout layout = {}) {
     const auto got = search(x, codebook, layout);
     expect_right(x, codebook, got);
+    search_memory<X, C> memory(x, codebook, layout);
+    memory.run_simt();
+    const auto plain = memory.outcome();
+    EXPECT_EQ(plain.codes, got.codes) << "on the CUDA cores";
+    EXPECT_TRUE(same_bits(plain.quantized, got.quantized)) << "on the CUDA cores";
+    EXPECT_TRUE(same_bits(plain.distances, got.distances)) << "on the CUDA cores";
     return got;
 }
 
@@ -241,8 +261,10 @@ TEST_F(QuantizeSmall, WhereEveryValueIsACodeTheDistanceTellsInvalidRows) {
 
 TEST_F(QuantizeSmall, OddDimensions) {
     random_source random;
-    for (const std::int64_t d : {1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 33, 63, 65, 97, 100, 127, 129, 130})
-        expect_exact(random.normals<float>(67, d), random.normals<float>(71, d));
+    // Odd ones, and those around the sizes of the tensor cores' operands.
+    for (const std::int64_t d : {1,  2,  3,  5,  7,  8,   9,   12,  13,  14,  15,  16,  17,  29,  31,  33,  63, 65,
+                                 76, 77, 78, 97, 99, 100, 127, 129, 130, 140, 141, 142, 204, 255, 256, 269, 270})
+        expect_exact(random.normals<float>(67, d), random.normals<float>(135, d));
 }
 
 TEST_F(QuantizeSmall, AStaticNumberOfColumnsChangesNothing) {
@@ -264,7 +286,7 @@ TEST_F(QuantizeSmall, AStaticNumberOfColumnsChangesNothing) {
 TEST_F(QuantizeSmall, RowsAndCodesAroundTheEdgesOfTiles) {
     random_source random;
     for (const std::int64_t n : {1, 15, 16, 17, 63, 64, 65, 127, 129})
-        for (const std::int64_t k : {1, 2, 15, 16, 17, 63, 64, 65, 128, 130})
+        for (const std::int64_t k : {1, 2, 16, 17, 64, 65, 127, 128, 129, 257})
             expect_exact(random.normals<float>(n, 4), random.normals<float>(k, 4));
 }
 
@@ -341,6 +363,43 @@ TEST_F(QuantizeSmall, ManyCopiesOfFewRows) {
     const auto codebook = matrix<float>::generate(260, 5, [&](auto k, auto d) { return rows.at(6 - k % 7, d); });
     const auto got = expect_exact(random.normals<float>(100, 5), codebook);
     for (const std::int64_t code : got.codes) EXPECT_LT(code, 7);
+}
+
+TEST_F(QuantizeSmall, SomeCopiesOfARowAnywhereInTheCodebook) {
+    random_source random;
+    // x lies near a row that has copies, and near-copies, in few or many tiles of codes.
+    for (const std::int64_t k : {100, 700, 1500})
+        for (const int copies : {2, 3, 4, 5, 8, 9, 20, 90}) {
+            auto codebook = random.normals<float>(k, 6);
+            const auto row = random.normals<float>(1, 6);
+            for (int copy = 0; copy < copies; ++copy) {
+                const std::int64_t at = random.integer(0, k - 1);
+                for (std::int64_t d = 0; d < 6; ++d) codebook(at, d) = row.at(0, d);
+                codebook(at, copy % 6) *= 1 + 0x1p-23f * static_cast<float>(random.integer(0, copies % 3));
+            }
+            expect_exact(matrix<float>::generate(
+                             65, 6, [&](auto i, auto d) { return row.at(0, d) + 1e-3f * i * random.normal(); }),
+                         codebook);
+        }
+}
+
+TEST_F(QuantizeSmall, OutliersAmongCodesAndRows) {
+    random_source random;
+    for (const float far : {100.0f, 1e5f, 1e10f, 1e30f})
+        for (const std::int64_t at : {0, 57, 149}) {
+            auto codebook = random.normals<float>(150, 11);
+            auto x = random.normals<float>(70, 11);
+            codebook(at, 3) = far;
+            expect_exact(x, codebook);
+            x(5, 5) = -far;
+            x(69, 3) = far;
+            expect_exact(x, codebook);
+        }
+    // All codes, or all rows, far from the rest.
+    auto x = random.normals<float>(70, 9), codebook = random.normals<float>(140, 9);
+    for (float& v : x.data) v += 3e4f;
+    expect_exact(x, codebook);
+    expect_exact(codebook, x);
 }
 
 /// v moved by so many units in the last place.
@@ -499,7 +558,8 @@ TEST_F(QuantizeSmall, AWorkspaceLentOrAllocatedGivesTheSame) {
     memory.run(ws.lent());
     EXPECT_TRUE(same(memory.outcome(), allocated));
     EXPECT_TRUE(ws.guard_untouched());
-    EXPECT_EQ(quantize_workspace_bytes(memory.size), 0u);
+    EXPECT_GT(quantize_workspace_bytes(memory.size, memory.params), quantize_workspace_bytes(memory.size));
+    EXPECT_EQ(quantize_workspace_bytes({130, 33, 300}), 0u);  // no image of so wide a codebook
 }
 
 TEST_F(QuantizeSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
@@ -544,6 +604,37 @@ TEST_F(QuantizeTest, TwentyRunsAreBitwiseEqual) {
         memory.run();
         ASSERT_TRUE(same(memory.outcome(), first)) << "run " << run;
     }
+}
+
+/// Codes of noise, many times over, against those from the CUDA cores, every one; some rows against float64.
+void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int runs, bool repeats_codes) {
+    SCOPED_TRACE(testing::Message() << n << " rows, " << k << " codes, D = " << d);
+    const auto x = pattern_array<float>(n * d, 23, true);
+    const matrix_view<const float> rows(x.data(), n, d);
+    const auto codebook = matrix<float>::generate(
+        k, d, [&](auto i, auto c) { return noise(29, (repeats_codes ? i % (k / 2) : i) * d + c); });
+    const device_matrix<float> centres(codebook);
+    device_array<std::int32_t> codes(n);
+    quantize_simt(rows, centres.view(), codes.view(), discard, discard);
+    const auto right = codes.download();
+    const auto some = matrix<float>::generate(200, d, [&](auto i, auto c) { return noise(23, (n - 200 + i) * d + c); });
+    EXPECT_TRUE(codes_are_nearest(some, codebook, {right.end() - 200, right.end()}));
+    for (int run = 0; run < runs; ++run) {
+        codes.fill(poison);
+        quantize(rows, centres.view(), codes.view());
+        const auto got = codes.download();
+        std::int64_t wrong = 0;
+        for (std::int64_t i = 0; i < n; ++i) wrong += got[i] != right[i];
+        ASSERT_EQ(wrong, 0) << "rows, in run " << run;
+    }
+}
+
+TEST_F(QuantizeTest, AMillionRowsTwentyTimes) { expect_steady_codes(1 << 20, 1024, 128, 20, false); }
+
+TEST_F(QuantizeTest, AMillionRowsWhereEveryCodeIsThereTwice) { expect_steady_codes(1 << 20, 512, 64, 5, true); }
+
+TEST_F(QuantizeTest, ManyRowsAndCodesOfEveryOperandSize) {
+    for (const std::int64_t d : {8, 13, 48, 77, 100, 256, 269}) expect_steady_codes(150001, 2050, d, 4, false);
 }
 
 TEST_F(QuantizeTest, ACodeDoesNotDependOnItsPlaceInTheBatch) {
@@ -632,13 +723,22 @@ void expect_large(std::int64_t n, std::int64_t k, std::int64_t columns) {
     device_array<std::int32_t> codes(n);
     device_array<X> quantized(n * columns);
     device_array<float> distances(n);
-    quantize(matrix_view<const X>(x.data(), n, columns), centres.view(), codes.view(),
-             matrix_view<X>(quantized.data(), n, columns), distances.view());
+    const matrix_view<const X> rows(x.data(), n, columns);
+    const matrix_view<X> chosen(quantized.data(), n, columns);
     const std::int64_t edge = (std::int64_t{1} << 31) / columns;  // where element numbers pass 2^31
     const std::int64_t pair = (std::int64_t{1} << 31) / k;        // where row x code passes 2^31
-    for (const std::int64_t first :
-         {std::int64_t{0}, edge - 64, edge / 2, pair - 64, n - 128, random.integer(0, n - 128)})
-        if (first >= 0 && first + 128 <= n) expect_window<X>(first, 128, codebook, 5, codes, quantized, distances);
+    const auto expect_windows = [&] {
+        for (const std::int64_t first :
+             {std::int64_t{0}, edge - 64, edge / 2, pair - 64, n - 128, random.integer(0, n - 128)})
+            if (first >= 0 && first + 128 <= n) expect_window<X>(first, 128, codebook, 5, codes, quantized, distances);
+    };
+    quantize(rows, centres.view(), codes.view(), chosen, distances.view());
+    expect_windows();
+    quantized.fill(poison);
+    distances.fill(poison);
+    codes.fill(poison);
+    quantize_simt(rows, centres.view(), codes.view(), chosen, distances.view());
+    expect_windows();
 }
 
 TEST_F(LargeTest, MoreThan2To31ElementsOfX) { expect_large<__half>((std::int64_t{1} << 31) / 64 + 1000, 5, 64); }
@@ -647,13 +747,16 @@ TEST_F(LargeTest, MoreThan2To31PairsOfRowAndCode) {
     expect_large<float>((std::int64_t{1} << 31) / 1100 + 5000, 1100, 4);
 }
 
-TEST_F(LargeTest, MoreThan2To31ElementsOfTheCodebook) {
-    constexpr std::int64_t k = 70000, columns = 32768, n = 24;
-    if (!has_free_memory(static_cast<std::size_t>(k * columns) * sizeof(float) + (std::size_t{1} << 30)))
+/// A codebook of so many rows, and rows of x that lie near to some of them.
+void expect_planted_codes(std::int64_t k, std::int64_t columns) {
+    constexpr std::int64_t n = 24;
+    const auto elements = static_cast<std::size_t>(k * columns);
+    if (!has_free_memory(elements * sizeof(float) + quantize_workspace_bytes({n, k, columns}) + (std::size_t{1} << 30)))
         GTEST_SKIP() << "too little device memory for " << k << " x " << columns << " floats";
     const auto codebook = pattern_array<float>(k * columns, 3);
     random_source random;
-    std::vector<std::int64_t> planted{0, 65535, 65536, 65537, k - 1};
+    const std::int64_t edge = (std::int64_t{1} << 31) / columns;  // where element numbers pass 2^31
+    std::vector<std::int64_t> planted{0, edge - 1, edge, edge + 1, k - 1};
     while (planted.size() < n) planted.push_back(random.integer(0, k - 1));
     const auto x = matrix<float>::generate(n, columns, [&](auto i, auto d) {
         return pattern(3, planted[i] * columns + d) + 0.125f * pattern(7, i * columns + d);
@@ -668,6 +771,12 @@ TEST_F(LargeTest, MoreThan2To31ElementsOfTheCodebook) {
     for (std::int64_t i = 0; i < n; ++i) own[i] = i;
     EXPECT_TRUE(distances_are_right(x, chosen, own, memory.distances.download()));
     EXPECT_TRUE(same_bits(memory.quantized.download(), chosen));
+}
+
+TEST_F(LargeTest, MoreThan2To31ElementsOfACodebookOfLongRows) { expect_planted_codes(70000, 32768); }
+
+TEST_F(LargeTest, MoreThan2To31ElementsOfACodebookOfManyRows) {
+    expect_planted_codes((std::int64_t{1} << 31) / 256 + 1000, 256);
 }
 
 }  // namespace

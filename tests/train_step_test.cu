@@ -119,7 +119,10 @@ protected:
     using x = typename Elements::x;
     using codebook = typename Elements::codebook;
 };
-TYPED_TEST_SUITE(TrainStepTypesSmall, element_pairs, type_names);
+// The search and the update have tests of their own for every pair; a step only joins them.
+using step_elements =
+    testing::Types<elements<float, float>, elements<__half, float>, elements<__nv_bfloat16, __nv_bfloat16>>;
+TYPED_TEST_SUITE(TrainStepTypesSmall, step_elements, type_names);
 
 TYPED_TEST(TrainStepTypesSmall, PresetsStepByStep) {
     random_source random;
@@ -218,6 +221,21 @@ TEST_F(TrainStepSmall, ARowOfNanMovesNothingWhereItsMarkIsACode) {
     const auto stats = memory.stats.download()[0];
     EXPECT_EQ(stats.invalid_rows, 2);
     EXPECT_TRUE(update_of_batch_is_right(before, x, codes, ema_params{}, memory.state.download(), stats));
+}
+
+TEST_F(TrainStepSmall, ACodebookWithoutAFiniteRowTakesNoRowsWhereTheirMarkIsACode) {
+    random_source random;
+    const auto x = random.normals<float>(90, 2);
+    auto before = trained_state<float>(random, 256, 2);
+    before.codebook = matrix<float>(256, 2, nan);
+    train_memory<float, float, std::uint8_t> memory(before, x, ema_params{});
+    memory.run();
+    EXPECT_EQ(memory.signed_codes(), std::vector<std::int64_t>(90, 255));
+    const auto stats = memory.stats.download()[0];
+    EXPECT_EQ(stats.invalid_rows, 90);
+    EXPECT_EQ(stats.active_codes, 0);
+    const std::vector<std::int64_t> none(90, -1);
+    EXPECT_TRUE(update_of_batch_is_right(before, x, none, ema_params{}, memory.state.download(), stats));
 }
 
 TEST_F(TrainStepTest, ManyColumns) {

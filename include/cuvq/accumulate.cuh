@@ -54,7 +54,7 @@ void accumulate(const XView& x, const CodesView& codes, const CountsView& counts
     const dispatch::accumulate_scratch m(c, s);
     unsigned long long* invalid_rows = params.stats ? c.take<unsigned long long>(1) : nullptr;
     if (params.stats) CUVQ_CHECK_CUDA(cudaMemsetAsync(invalid_rows, 0, sizeof(*invalid_rows), stream));
-    dispatch::accumulate(args, params.add, false, m, invalid_rows, stream);
+    dispatch::accumulate(args, params.add, {}, m, invalid_rows, stream);
     if (params.stats) {
         kernel::stats_parts parts;
         parts.counts = args.counts.data;

@@ -61,14 +61,14 @@ struct update_scratch {
           sums(counts ? counts + s.codes : nullptr) {}
 };
 
-/// accumulate and ema_apply of a checked call; `trusted` as in dispatch::accumulate.
+/// accumulate and ema_apply of a checked call.
 template <class T, class X>
-void update(const update_args<T, X>& a, const ema_params& p, bool trusted, const update_scratch& m,
+void update(const update_args<T, X>& a, const ema_params& p, const dispatch::provenance& from, const update_scratch& m,
             cudaStream_t stream) {
     const std::int64_t codes = a.state.codebook.rows, columns = a.state.codebook.columns;
     const accumulate_args<X> batch{a.x, a.codes, a.weights, {m.counts, codes}, {m.sums, codes, columns, columns}};
     m.tally.clear(stream);
-    dispatch::accumulate(batch, false, trusted, m.accumulate, m.tally.invalid_rows(), stream);
+    dispatch::accumulate(batch, false, from, m.accumulate, m.tally.invalid_rows(), stream);
     const ema_args<T, X> apply{a.state, read_only(batch.counts), read_only(batch.sums), a.x, a.replacement_indices};
     dispatch::ema_apply(apply, p, m.ema, m.tally.ema(), stream);
 }
@@ -154,7 +154,7 @@ void ema_update(const State& state, const XView& x, const CodesView& codes, cons
     const detail::scratch memory(function, ws, ema_update_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
     const detail::update_scratch m(c, s, params);
-    detail::update(args, params, false, m, stream);
+    detail::update(args, params, {}, m, stream);
     if (params.stats)
         detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0,
                        m.tally.parts(m.counts, s.codes), params.stats);

@@ -24,12 +24,19 @@ struct train_scratch {
     update_scratch update;
     dispatch::search_scratch search;
     kernel::search_tally tally;  // loss and rows_without, with stats
+    float* distances = nullptr;  // [N], where -1 may be a code
+
+    /// Whether -1, all bits set, is a code in some unsigned type: then a NaN distance tells a row without one.
+    static bool is_ambiguous(std::int64_t codes) {
+        return codes == std::int64_t{1} << 8 || codes == std::int64_t{1} << 16 || codes == std::int64_t{1} << 32;
+    }
 
     train_scratch(carver& c, const shape& s, const train_params& p) : update(c, s, p), search(c, s) {
         if (p.stats) {
             tally.loss = c.take<double>(dispatch::most_search_blocks);
             tally.rows_without = c.take<unsigned long long>(1);
         }
+        if (is_ambiguous(s.codes)) distances = c.take<float>(s.vectors);
     }
 };
 
@@ -63,19 +70,19 @@ template <class State, class XView, class CodesView, class QuantizedView = disca
 void train_step(const State& state, const XView& x, const CodesView& codes, const QuantizedView& quantized = discard,
                 const train_params& params = {}, const workspace& ws = {}, cudaStream_t stream = nullptr) {
     const char* function = "train_step";
-    const auto args = detail::validate_train_step(function, state, x, codes, quantized, params);
+    auto args = detail::validate_train_step(function, state, x, codes, quantized, params);
     const shape s{args.update.x.rows, args.update.state.codebook.rows, args.update.x.columns};
     dispatch::check_codes(function, "state.codebook", s.codes);
     const detail::scratch memory(function, ws, train_step_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
     const detail::train_scratch m(c, s, params);
     if (params.stats) CUVQ_CHECK_CUDA(cudaMemsetAsync(m.tally.rows_without, 0, sizeof(*m.tally.rows_without), stream));
+    constexpr auto last_code = static_cast<std::uint64_t>(std::numeric_limits<detail::value_of<CodesView>>::max());
+    if (static_cast<std::uint64_t>(s.codes - 1) == last_code) args.quantize.distances = {m.distances, s.vectors};
     const std::int64_t losses = dispatch::quantize<dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
         args.quantize, m.tally, m.search, stream);
-    // The search marked the rows that are not finite, except where the mark is a code itself (K = 2^bits).
-    const bool trusted = static_cast<std::uint64_t>(s.codes) <=
-                         static_cast<std::uint64_t>(std::numeric_limits<detail::value_of<CodesView>>::max());
-    detail::update(args.update, params, trusted, m.update, stream);
+    const dispatch::provenance from{true, {args.quantize.distances.data, args.quantize.distances.size}};
+    detail::update(args.update, params, from, m.update, stream);
     if (params.stats) {
         kernel::stats_parts parts = m.update.tally.parts(m.update.counts, s.codes);
         parts.loss = m.tally.loss;

@@ -893,8 +893,8 @@ TEST(OverlapTest, EmptyAndAbsentMemoryOverlapsNothing) {
     EXPECT_FALSE(overlap({}, {}));
 }
 
-TEST(OverlapTest, AgreesWithMarkedBytesOfRandomMatrices) {
-    // Every pair of small matrices of one stride over one buffer, judged by marking the elements of each.
+TEST(OverlapTest, AgreesWithMarkedElementsOfEverySmallPair) {
+    // Pairs of one stride over one buffer.
     constexpr int size = 24;
     float data[size];
     for (const int stride : {3, 4})

@@ -1,10 +1,16 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// What both translation units of `two_units` do: include every header and call every function that needs no GPU.
+// What both translation units of `two_units` do: include every header, call every function of the CPU path and, where
+// nvcc compiles this and there is a GPU, those of the GPU path that are quick to compile.
 #pragma once
 
 #include <cstdint>
 #include <vector>
+
+#if defined(__CUDACC__)
+#include <thrust/device_vector.h>
+#include <thrust/host_vector.h>
+#endif
 
 #include <all_headers.hpp>
 
@@ -32,5 +38,18 @@ inline double use_everything() {
 
     double sum = static_cast<double>(book.step());
     for (const float v : quantized_data) sum += v;
+
+#if defined(__CUDACC__)
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return sum;
+    const thrust::device_vector<float> device_x(x_data.begin(), x_data.end());
+    const thrust::device_vector<std::int32_t> device_code(code_data.begin(), code_data.end());
+    thrust::device_vector<float> device_quantized(rows * columns);
+    cuvq::codebook<float> device_book(codes, columns);
+    device_book.init_from_rows(cuvq::matrix_view<const float>(device_x.data().get(), rows, columns), 7);
+    cuvq::lookup(device_book.state().codebook, cuvq::vector_view<const std::int32_t>(device_code.data().get(), rows),
+                 cuvq::matrix_view<float>(device_quantized.data().get(), rows, columns));
+    for (const float v : thrust::host_vector<float>(device_quantized)) sum += v;
+#endif
     return sum;
 }

@@ -460,6 +460,12 @@ TEST(EmaApplyTest, ASumOfZeroOverARealSizeIsARowOfZeros) {
     }
 }
 
+TEST(EmaApplyTest, ASumWithoutASizeIsDividedByEpsilon) {
+    host_state<> state({{9, 9}}, {{3, -2}}, {0});
+    apply(state, {0}, {{0, 0}}, with(ema_rule::clamp, 0.5, 0.25f));
+    EXPECT_EQ(state.codebook.row(0), (floats{6, -4}));
+}
+
 TEST(EmaApplyTest, StepsSinceActiveStopAtTheLargestInt32) {
     host_state<> state(matrix<float>{{1}});
     state.steps_since_active[0] = std::numeric_limits<std::int32_t>::max();

@@ -12,26 +12,37 @@
 
 namespace cuvq::test {
 
-/// Element `place` of pattern `seed`: a multiple of 1/8 in [-4, 4), exact in every element type.
-__host__ __device__ inline float pattern(std::uint64_t seed, std::int64_t place) {
+/// 64 random bits of a place.
+__host__ __device__ inline std::uint64_t hash_of(std::uint64_t seed, std::int64_t place) {
     std::uint64_t v = (static_cast<std::uint64_t>(place) + 1) * 0x9E3779B97F4A7C15u + seed * 0xD1B54A32D192ED03u;
     v = (v ^ (v >> 30)) * 0xBF58476D1CE4E5B9u;
-    v = (v ^ (v >> 27)) * 0x94D049BB133111EBu;
-    return static_cast<float>(static_cast<int>((v >> 32) & 63u) - 32) * 0.125f;
+    return (v ^ (v >> 27)) * 0x94D049BB133111EBu;
+}
+
+/// Element `place` of pattern `seed`: a multiple of 1/8 in [-4, 4), exact in every element type.
+__host__ __device__ inline float pattern(std::uint64_t seed, std::int64_t place) {
+    return static_cast<float>(static_cast<int>((hash_of(seed, place) >> 32) & 63u) - 32) * 0.125f;
+}
+
+/// Element `place` of noise `seed`: nearly normal, of mean 0 and variance 1.
+__host__ __device__ inline float noise(std::uint64_t seed, std::int64_t place) {
+    const std::uint64_t v = hash_of(seed, place);
+    const int sum = static_cast<int>((v & 0xFFFFu) + ((v >> 16) & 0xFFFFu) + ((v >> 32) & 0xFFFFu) + (v >> 48));
+    return static_cast<float>(sum - 2 * 0xFFFF) * (1.7320508f / 65536.0f);
 }
 
 template <class T>
-__global__ void fill_pattern(T* to, std::int64_t count, std::uint64_t seed) {
+__global__ void fill_pattern(T* to, std::int64_t count, std::uint64_t seed, bool with_noise) {
     const std::int64_t stride = std::int64_t{gridDim.x} * blockDim.x;
     for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += stride)
-        to[i] = static_cast<T>(pattern(seed, i));
+        to[i] = static_cast<T>(with_noise ? noise(seed, i) : pattern(seed, i));
 }
 
-/// [count] elements of the pattern in device memory.
+/// [count] elements of the pattern, or of the noise, in device memory.
 template <class T>
-device_array<T> pattern_array(std::int64_t count, std::uint64_t seed) {
+device_array<T> pattern_array(std::int64_t count, std::uint64_t seed, bool with_noise = false) {
     device_array<T> a(count);
-    fill_pattern<<<4096, 256>>>(a.data(), count, seed);
+    fill_pattern<<<4096, 256>>>(a.data(), count, seed, with_noise);
     check(cudaGetLastError());
     check(cudaDeviceSynchronize());
     return a;

@@ -44,7 +44,7 @@ CUVQ_HOST_DEVICE inline std::int64_t scale_to(std::uint64_t bits, std::int64_t n
     return static_cast<std::int64_t>(b1 * m1 + ((b1 * m0) >> 32) + ((b0 * m1) >> 32) + (middle >> 32));
 }
 
-/// Entry i of a random permutation of [0, n), for 0 <= i < n: a four-round Feistel network over the next even number
+/// Entry i of a random permutation of [0, n), for 0 <= i < n: an eight-round Feistel network over the next even number
 /// of bits, walked until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 CUVQ_HOST_DEVICE inline std::int64_t permute(std::uint64_t seed, std::int64_t i, std::int64_t n) {
     int half = 1;
@@ -53,7 +53,7 @@ CUVQ_HOST_DEVICE inline std::int64_t permute(std::uint64_t seed, std::int64_t i,
     std::uint64_t v = static_cast<std::uint64_t>(i);
     do {
         std::uint64_t left = v >> half, right = v & mask;
-        for (std::uint64_t round = 0; round < 4; ++round) {
+        for (std::uint64_t round = 0; round < 8; ++round) {
             const std::uint64_t next = left ^ (philox_bits(seed, right, ~round) & mask);
             left = right;
             right = next;

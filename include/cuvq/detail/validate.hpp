@@ -190,6 +190,8 @@ inline void check_extent(const char* function, const char* argument, const char*
 inline void check_not_empty(const char* function, const char* argument, std::int64_t rows, std::int64_t columns) {
     if (rows < 1) bad_argument(function, argument, "K = " + text(rows) + " rows", "at least 1");
     if (columns < 1) bad_argument(function, argument, "D = " + text(columns) + " columns", "at least 1");
+    if (rows > std::numeric_limits<std::int64_t>::max() / 8 / columns)
+        bad_argument(function, argument, text(rows) + " x " + text(columns) + " elements", "fewer than 2^63 bytes");
 }
 
 // ---- what is written may not overlap what is read or written elsewhere ------------------------------------------

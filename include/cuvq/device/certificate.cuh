@@ -29,24 +29,25 @@
 //     S_k = X . C_k + t n_k = const(x) - t s^2 |x - c_k|^2 / 2,
 // so the nearest code has the largest S. It computes S^_k from X^ = fp16(X), C^ = fp16(C) and n_k in three halves. By
 // Cauchy-Schwarz and the triangle inequality, |S^_k - S_k| is at most the sum of
-//   operands      |X| |C - C^| + |X - X^| |C^|, since X.C - X^.C^ = X.(C - C^) + (X - X^).C^. Both residuals are measured
+//   operands      |X| |C - C^| + |X - X^| |C^|, since X.C - X^.C^ = X.(C - C^) + (X - X^).C^. Both residuals are
+//   measured
 //                 when converting (subnormals and saturation show in them), in double for C; for x, x - m is rounded
 //                 once in float, which adds 2^-23 |X| to |X - X^| with room to spare;
 //   accumulation  products of halves are exact in float. Each of D / 16 + 1 steps adds 16 of them to the accumulator.
 //                 How it aligns and cuts the 17 terms is not documented; measurements see each cut below the last of
-//                 at least 24 bits of the largest (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor
-//                 cores", 2021). We allow 2^-22 of the largest term, four times that, for each of the 17. No term
-//                 exceeds |X^| |C^| + t |n|: a partial sum of products is at most |X^| |C^|;
+//                 at least 24 bits of the largest (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA
+//                 tensor cores", 2021). We allow 2^-22 of the largest term, four times that, for each of the 17. No
+//                 term exceeds |X^| |C^| + t |n|: a partial sum of products is at most |X^| |C^|;
 //   norm          t |n_k - three halves|, measured in double;
 //   float64       the distance of scores that d64 cannot tell apart: e64 of t s^2 |x - c|^2, at most
 //                 (D + 8) 2^-50 (|X| + t |C|)^2 / t with the slack of its own evaluation.
-// `score_error` is the sum, e, with the norms of C their maxima over the codebook; the factors by which the callers round
-// their norms up (1.0005, 1.0001) pay for the float arithmetic that evaluates it. If b has the largest S^ and w is the
-// exact code, S^_w >= S_w - e >= S_b - e >= S^_b - 2 e: codes below that cannot win. Tagging a score's low 5 bits moves
-// it by less than 2^-18 of itself, two scores by 2^-17: the limit is lowered by that of the best. The comparison is one of
-// integers, right for positive floats only: a row whose limit is not above 0, or is NaN because a norm is (the row or
-// a code did not fit fp16), takes the full float64 pass. Codes that are not finite have n = -60000 t, so they lose to
-// any positive limit.
+// `score_error` is the sum, e, with the norms of C their maxima over the codebook; the factors by which the callers
+// round their norms up (1.0005, 1.0001) pay for the float arithmetic that evaluates it. If b has the largest S^ and w
+// is the exact code, S^_w >= S_w - e >= S_b - e >= S^_b - 2 e: codes below that cannot win. Tagging a score's low 5
+// bits moves it by less than 2^-18 of itself, two scores by 2^-17: the limit is lowered by that of the best. The
+// comparison is one of integers, right for positive floats only: a row whose limit is not above 0, or is NaN because a
+// norm is (the row or a code did not fit fp16), takes the full float64 pass. Codes that are not finite have n = -60000
+// t, so they lose to any positive limit.
 #pragma once
 
 #include <cstddef>
@@ -57,6 +58,13 @@
 #include <cuvq/views.hpp>
 
 namespace cuvq::device {
+
+/// v as double, subnormals included whatever the compiler's flags make of them elsewhere.
+__device__ inline double widened(float v) {
+    double w;
+    asm("cvt.f64.f32 %0, %1;" : "=d"(w) : "f"(v));
+    return w;
+}
 
 /// Threads that compute one exact distance together: eight consecutive lanes of a warp, aligned to eight.
 inline constexpr int exact_lanes = 8;
@@ -97,7 +105,7 @@ __device__ void exact_distances(const X* x, const C* const (&codes)[Codes], std:
     for (int k = 0; k < Codes; ++k) distances[k] = 0;
     const auto add = [&](const float4& a, const float4(&b)[Codes]) {
         const auto square = [](double& sum, float u, float v) {
-            const double difference = __dsub_rn(static_cast<double>(u), static_cast<double>(v));
+            const double difference = __dsub_rn(widened(u), widened(v));
             sum = __fma_rn(difference, difference, sum);
         };
 #pragma unroll

@@ -14,6 +14,11 @@
 
 namespace cuvq::device {
 
+/// The arrays of an update: state [K codes, D dimensions], counts [K], sums [K x D], replacements [M x D] and
+/// replacement_indices [K], null references where there are none; all in device memory.
+template <class T, class R>
+using ema_arrays = detail::ema_args<T, R>;
+
 /// What an update needs to know beside its arrays, the same for every code.
 struct ema_step {
     float keep = 0;         ///< decay, as float
@@ -43,8 +48,7 @@ __device__ inline float ema_mix(const ema_step& e, float old, float now) {
 
 /// Size of code k after the blend. Called by a whole warp, converged; every lane gets it. Reads only. O(D).
 template <class T, class R>
-__device__ ema_size blended_size(const detail::ema_args<T, R>& a, const ema_params& p, const ema_step& e,
-                                 std::int64_t k) {
+__device__ ema_size blended_size(const ema_arrays<T, R>& a, const ema_params& p, const ema_step& e, std::int64_t k) {
     const float n = a.counts[k], old = a.state.cluster_size[k];
     bool finite = isfinite(n) && n >= 0;
     for (std::int64_t d = threadIdx.x % 32; d < a.sums.columns; d += 32) finite = finite && isfinite(a.sums.row(k)[d]);
@@ -65,7 +69,7 @@ __device__ ema_size blended_size(const detail::ema_args<T, R>& a, const ema_para
 /// Called by a whole warp, converged. Returns true if the code was left wholly as it was, since its counts, sums or
 /// new row were not finite. Deterministic. O(D). No other warp may work on k at the same time.
 template <class T, class R>
-__device__ bool ema_blend(const detail::ema_args<T, R>& a, const ema_params& p, const ema_step& e, const ema_size& s,
+__device__ bool ema_blend(const ema_arrays<T, R>& a, const ema_params& p, const ema_step& e, const ema_size& s,
                           std::int64_t k) {
     const std::int64_t columns = a.sums.columns;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -112,7 +116,7 @@ __device__ bool ema_blend(const detail::ema_args<T, R>& a, const ema_params& p, 
 /// Row of `a.replacements` that code k restarts from: the one named or drawn, else the next within 64, cyclically,
 /// that is finite and stays so in the state (as T, and times `reset`); -1 if none is. Whole warp, converged.
 template <class T, class R>
-__device__ std::int64_t replacement_row(const detail::ema_args<T, R>& a, const ema_params& p, const ema_step& e,
+__device__ std::int64_t replacement_row(const ema_arrays<T, R>& a, const ema_params& p, const ema_step& e,
                                         std::int64_t k, float reset) {
     const std::int64_t rows = a.replacements.rows;
     if (rows == 0) return -1;
@@ -138,8 +142,8 @@ __device__ std::int64_t replacement_row(const detail::ema_args<T, R>& a, const e
 /// @param s  `blended_size` of k.
 /// Returns whether it did. Deterministic: the draw depends on seed, step and k alone. O(D), O(65 D) at worst.
 template <class T, class R>
-__device__ bool dead_code_refresh(const detail::ema_args<T, R>& a, const ema_params& p, const ema_step& e,
-                                  const ema_size& s, std::int64_t k) {
+__device__ bool dead_code_refresh(const ema_arrays<T, R>& a, const ema_params& p, const ema_step& e, const ema_size& s,
+                                  std::int64_t k) {
     const double mean_size = e.total / static_cast<double>(a.counts.size);
     bool dead = false;
     float reset = 0;

@@ -70,10 +70,15 @@ inline int sort_rows(const accumulate_scratch& m, std::int64_t count, std::int64
     return keys.selector;
 }
 
-/// @param trusted       x was found finite wherever its code is not negative.
+/// What the search that made the codes knows of them.
+struct provenance {
+    bool trusted = false;                 // x was found finite wherever there is a code
+    vector_ref<const float> distances{};  // NaN for a row without a code, where the codes cannot say so; or null
+};
+
 /// @param invalid_rows  [1] gets the rows left out added, or null.
 template <class X>
-void accumulate(const detail::accumulate_args<X>& a, bool add, bool trusted, const accumulate_scratch& m,
+void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance& from, const accumulate_scratch& m,
                 unsigned long long* invalid_rows, cudaStream_t stream) {
     constexpr std::int64_t most = 1 << 20;
     const std::int64_t columns = a.x.columns, codes = a.sums.rows;
@@ -85,7 +90,7 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, bool trusted, con
         const bool onto = add || first > 0;
         if (count > 0) {
             detail::launch(kernel::sort_keys<X>, detail::blocks_for(count, 8, most), 256, stream, 0, a.x, a.codes,
-                           a.weights, codes, trusted, first, count, m.keys[0], m.rows[0]);
+                           a.weights, from.distances, codes, from.trusted, first, count, m.keys[0], m.rows[0]);
             const int sorted = sort_rows(m, count, codes, stream);
             s.keys = m.keys[sorted];
             s.rows = m.rows[sorted];

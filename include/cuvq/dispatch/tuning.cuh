@@ -6,7 +6,8 @@
 namespace cuvq {
 
 /// `arch/simt.cuh`: a block of `threads` finds the nearest codes of `rows` rows, `codes` codes and `depth` dimensions
-/// at a time. 16 threads share a row. rows * 16 and codes are multiples of threads and 16; depth is one of 4.
+/// at a time. 16 threads share a row. 16 divides codes, 4 divides depth, and threads divides 16 rows, rows * depth and
+/// codes * depth.
 struct simt_tile {
     static constexpr int threads = 256;
     static constexpr int rows = 64;

@@ -16,17 +16,18 @@
 namespace cuvq::kernel {
 
 /// Row i sorts under its code, or under K if it is left out. `trusted`: x was checked when the codes were made.
-/// A warp a row.
+/// `distances`: those that came with the codes, NaN for a row without one; or null. A warp a row.
 template <class X>
 __global__ void sort_keys(matrix_ref<const X> x, const_codes_ref codes, vector_ref<const float> weights,
-                          std::int64_t code_count, bool trusted, std::int64_t first_row, std::int64_t row_count,
-                          std::uint32_t* keys, std::uint32_t* rows) {
+                          vector_ref<const float> distances, std::int64_t code_count, bool trusted,
+                          std::int64_t first_row, std::int64_t row_count, std::uint32_t* keys, std::uint32_t* rows) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t warps = std::int64_t{gridDim.x} * blockDim.x / 32;
     for (std::int64_t i = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32; i < row_count; i += warps) {
         const std::int64_t row = first_row + i, code = codes.load(row);
         bool valid = code >= 0 && code < code_count;
         if (weights) valid = valid && weights[row] >= 0 && isfinite(weights[row]);
+        if (distances) valid = valid && !isnan(distances[row]);
         if (valid && !trusted) {
             bool finite = true;
             for (std::int64_t d = lane; d < x.columns; d += 32)
