@@ -29,6 +29,8 @@ public:
     }
     explicit buffer(const std::vector<T>& host) : buffer(static_cast<std::int64_t>(host.size())) {
         CUVQ_CHECK_CUDA(cudaMemcpy(data_, host.data(), bytes(), cudaMemcpyHostToDevice));
+        // The copy may return before the data is there, and the stream that is timed waits for no other.
+        CUVQ_CHECK_CUDA(cudaDeviceSynchronize());
     }
     buffer(buffer&& other) noexcept : data_(other.data_), size_(other.size_) {
         other.data_ = nullptr;

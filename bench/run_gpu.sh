@@ -61,7 +61,7 @@ measure cuvq_float --shapes=seed,models,large
 measure cuvq_half --shapes=seed,large --types=half,bfloat16 --codes=uniform
 measure cuvq_hard --shapes=large --data=hard --cases=quantize --no-peers
 measure cuvq_scaling --shapes=scaling --cases=quantize,ema_update --codes=uniform
-peers peers --shapes=seed,models,large --budget=150
+peers peers --shapes=seed,models,large --budget=240
 peers peers_scaling --shapes=scaling --budget=45 --cases=quantize,accumulate \
     --peers=torch_addmm_fp32,torch_addmm_tf32,flash_kmeans,torch_index_add
 

@@ -220,10 +220,23 @@ TEST_F(AccumulateSmall, RowsLeftOutAroundTheEndsOfRuns) {
         }
 }
 
-TEST_F(AccumulateSmall, OddDimensions) {
+TEST_F(AccumulateSmall, DimensionsOneToAHundredAndThirty) {
     random_source random;
-    for (const std::int64_t d : {1, 2, 3, 5, 8, 15, 31, 32, 33, 63, 97, 127, 128, 129, 130})
+    for (std::int64_t d = 1; d <= 130; ++d)
         expect_sums(random.normals<float>(190, d), random_codes(random, 190, 0, 10), 11);
+}
+
+TEST_F(AccumulateSmall, AnOverflowOnTheWayIsNone) {
+    // Any eight in a row overflow float, and so do the first and the second half; all together they are finite.
+    const std::int64_t half = 3 * sum_tile::rows(1);
+    matrix<float> x(2 * half, 1);
+    for (std::int64_t i = 0; i < 2 * half; ++i) x.data[i] = i < half ? 3e38f : -3e38f;
+    x.data[0] = 1e38f;
+    accumulate_memory<float> memory(x, std::vector<std::int64_t>(static_cast<std::size_t>(2 * half), 1), 3);
+    memory.run();
+    const auto got = memory.outcome();
+    EXPECT_EQ(got.counts[1], static_cast<float>(2 * half));
+    EXPECT_FLOAT_EQ(got.sums.data[1], -2e38f);
 }
 
 TEST_F(AccumulateSmall, WithoutRowsCountsAndSumsAreZeroOrStay) {

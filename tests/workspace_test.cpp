@@ -59,6 +59,12 @@ TEST(ShapeTest, CountsOutOfRangeAreRefused) {
     EXPECT_EQ(refused_shape({-1, 1, 1}), "cuvq::quantize_workspace_bytes: shape.vectors: got -1; wants at least 0");
     EXPECT_EQ(refused_shape({1, 0, 1}), "cuvq::quantize_workspace_bytes: shape.codes: got 0; wants at least 1");
     EXPECT_EQ(refused_shape({1, 1, 0}), "cuvq::quantize_workspace_bytes: shape.dimensions: got 0; wants at least 1");
+    EXPECT_EQ(
+        refused_shape({4, std::int64_t{1} << 40, std::int64_t{1} << 30}),
+        "cuvq::quantize_workspace_bytes: shape: got 1099511627776 x 1073741824 elements of the codebook; wants at "
+        "most 2^52");
+    EXPECT_EQ(refused_shape({std::int64_t{1} << 53, 1, 1}),
+              "cuvq::quantize_workspace_bytes: shape: got 9007199254740992 x 1 elements of x; wants at most 2^52");
     EXPECT_EQ(refused_shape({}), "cuvq::quantize_workspace_bytes: shape.codes: got 0; wants at least 1");
 }
 

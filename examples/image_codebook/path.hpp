@@ -68,8 +68,11 @@ struct cpu_path {
 /// Device memory and `cuvq`.
 struct gpu_path {
     static bool available() {
+        // A device, and kernels that were compiled for it.
         int devices = 0;
-        return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+        cudaFuncAttributes attributes;
+        return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 &&
+               cudaFuncGetAttributes(&attributes, cuvq::kernel::lookup<float, float>) == cudaSuccess;
     }
     static std::string name() {
         cudaDeviceProp properties;

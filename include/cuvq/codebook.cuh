@@ -43,7 +43,7 @@ public:
     /// @param x      [N x D] device memory, N >= 1; any element type if T is float, else T.
     /// @param seed   of the permutation; the same rows are chosen on every card and on the CPU.
     /// @param stream runs here, asynchronously, in one launch.
-    /// @throws std::invalid_argument if x has no row or other columns; cuvq::cuda_error.
+    /// @throws std::invalid_argument if x has no row, other columns, or overlaps this codebook; cuvq::cuda_error.
     template <class XView>
     void init_from_rows(const XView& x, std::uint64_t seed, initial_statistics initial = initial_statistics::zeros,
                         cudaStream_t stream = nullptr) {
@@ -55,7 +55,9 @@ public:
         const auto m = detail::read_only(detail::to_matrix(function, "x", x));
         if (m.rows < 1) detail::bad_argument(function, "x", "0 rows", "at least 1");
         detail::check_extent(function, "x", "columns", m.columns, dimensions_, "the columns of the codebook");
+        detail::check_initial(function, initial);
         const auto target = detail::to_state(function, state());
+        detail::check_state_disjoint(function, target, {}, {{"x", m}});
         detail::launch(kernel::init_codebook<T, X>, detail::blocks_for(codes_, 8, 1 << 20), 256, stream, 0, target, m,
                        seed, initial == initial_statistics::one_per_code);
     }

@@ -56,7 +56,7 @@ struct codebook_state {
     matrix_view<float, D> embed_sum;               ///< [K x D] moving average of the sums of each code's vectors
     vector_view<float> cluster_size;               ///< [K] moving average of the number of each code's vectors
     vector_view<std::int32_t> steps_since_active;  ///< [K] updates since a vector last had this code
-    std::int64_t* step = nullptr;                  ///< [1] updates made so far; each update adds one
+    std::int64_t* step = nullptr;                  ///< [1] updates made so far, 0 to 2^48 - 1; each adds one
 };
 
 /// A matrix as kernels and loops see it: element (i, d) lies at data[i * stride + d].

@@ -6,10 +6,15 @@
 
 #include <cuda/std/mdspan>
 
+#if defined(__CUDACC__)
+#include <cuvq/quantize.cuh>
+#include <cuvq/train_step.cuh>
+namespace reference = cuvq;  // the GPU functions refuse the same
+#else
 #include <cuvq/reference/ema.hpp>
 #include <cuvq/reference/quantize.hpp>
-
 namespace reference = cuvq::reference;
+#endif
 
 void call(const cuvq::codebook_state<float>& state, const cuvq::matrix_view<const float>& x,
           const cuvq::matrix_view<float>& quantized, const cuvq::vector_view<std::int32_t>& codes,

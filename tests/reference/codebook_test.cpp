@@ -190,6 +190,16 @@ TEST(CodebookInitTest, WithoutAnyFiniteRowTheCodebookIsZeros) {
     EXPECT_EQ(codebook.cluster_size(), floats(3, 1));
 }
 
+TEST(CodebookInitTest, RowsOfItsOwnAreRefusedAndSoIsNoEnumerator) {
+    reference::codebook<float> codebook(3, 2);
+    EXPECT_EQ(refusal([&] { codebook.init_from_rows(codebook.state().codebook, 1); }),
+              "cuvq::reference::codebook::init_from_rows: state.codebook: got memory that overlaps x; wants memory of "
+              "its own, since it is written");
+    EXPECT_EQ(refusal([&] { codebook.init_from_rows(numbered(3, 2).view(), 1, static_cast<initial_statistics>(7)); }),
+              "cuvq::reference::codebook::init_from_rows: initial: got no enumerator of initial_statistics; wants one "
+              "of its enumerators");
+}
+
 TEST(CodebookInitTest, StartsAfresh) {
     reference::codebook<float> codebook(3, 2);
     const auto state = codebook.state();

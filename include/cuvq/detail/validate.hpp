@@ -127,8 +127,9 @@ void check_memory(const char* function, const char* argument, const T* data, std
         bad_argument(function, argument, "a misaligned pointer", text(std::int64_t{alignof(T)}) + "-byte alignment");
 }
 
+/// `written`: rows may not overlap. (An input may: a sliding window, one row many times.)
 template <class V>
-auto to_matrix(const char* function, const char* argument, const V& view) {
+auto to_matrix(const char* function, const char* argument, const V& view, bool written = false) {
     using T = typename view_traits<V>::element;
     matrix_ref<T> m;
     m.data = view.data_handle();
@@ -139,7 +140,7 @@ auto to_matrix(const char* function, const char* argument, const V& view) {
                      "1 (the elements of a row lie side by side)");
     m.stride = m.rows > 1 ? narrow(function, argument, view.stride(0)) : m.columns;
     check_memory(function, argument, m.data, m.rows, m.stride, m.columns);
-    if (!std::is_const_v<T> && m.stride < m.columns)
+    if (written && m.stride < m.columns)
         bad_argument(function, argument, "row stride " + text(m.stride) + " for " + text(m.columns) + " columns",
                      "rows that do not overlap, since it is written");
     return m;
@@ -319,6 +320,18 @@ inline void check_shape(const char* function, const shape& s) {
     if (s.vectors < 0) bad_argument(function, "shape.vectors", text(s.vectors), "at least 0");
     if (s.codes < 1) bad_argument(function, "shape.codes", text(s.codes), "at least 1");
     if (s.dimensions < 1) bad_argument(function, "shape.dimensions", text(s.dimensions), "at least 1");
+    constexpr std::int64_t most = std::int64_t{1} << 52;  // elements: no sum of bytes overflows
+    if (s.vectors > most / s.dimensions)
+        bad_argument(function, "shape", text(s.vectors) + " x " + text(s.dimensions) + " elements of x",
+                     "at most 2^52");
+    if (s.codes > most / s.dimensions)
+        bad_argument(function, "shape", text(s.codes) + " x " + text(s.dimensions) + " elements of the codebook",
+                     "at most 2^52");
+}
+
+inline void check_initial(const char* function, initial_statistics initial) {
+    if (initial != initial_statistics::zeros && initial != initial_statistics::one_per_code)
+        bad_argument(function, "initial", "no enumerator of initial_statistics", "one of its enumerators");
 }
 
 /// A workspace as lent: `bytes` of it are needed. Not called for an empty one.
@@ -339,9 +352,9 @@ auto to_state(const char* function, const State& s) {
     static_assert(is_element<T> && !std::is_const_v<T>,
                   "cuvq: a codebook_state holds float, __half or __nv_bfloat16, not const");
     state_ref<T> r;
-    r.codebook = to_matrix(function, "state.codebook", s.codebook);
+    r.codebook = to_matrix(function, "state.codebook", s.codebook, true);
     check_not_empty(function, "state.codebook", r.codebook.rows, r.codebook.columns);
-    r.embed_sum = to_matrix(function, "state.embed_sum", s.embed_sum);
+    r.embed_sum = to_matrix(function, "state.embed_sum", s.embed_sum, true);
     r.cluster_size = to_vector(function, "state.cluster_size", s.cluster_size);
     r.steps_since_active = to_vector(function, "state.steps_since_active", s.steps_since_active);
     const std::int64_t k = r.codebook.rows;
@@ -434,7 +447,7 @@ auto validate_quantize(const char* function, const XView& x, const CodebookView&
         static_assert(std::is_same_v<value_of<QuantizedView>, X>,
                       "cuvq: `quantized` must hold the element type of `x`");
         CUVQ_ASSERT_WRITABLE(QuantizedView, "quantized");
-        a.quantized = to_matrix(function, "quantized", quantized);
+        a.quantized = to_matrix(function, "quantized", quantized, true);
         check_extent(function, "quantized", "rows", a.quantized.rows, a.x.rows, "the rows of x");
         check_extent(function, "quantized", "columns", a.quantized.columns, a.x.columns, "the columns of x");
     }
@@ -479,7 +492,7 @@ auto validate_accumulate(const char* function, const XView& x, const CodesView& 
     CUVQ_ASSERT_WRITABLE(SumsView, "sums");
 
     accumulate_args<value_of<XView>> a;
-    a.sums = to_matrix(function, "sums", sums);
+    a.sums = to_matrix(function, "sums", sums, true);
     check_not_empty(function, "sums", a.sums.rows, a.sums.columns);
     a.counts = to_vector(function, "counts", counts);
     check_extent(function, "counts", "elements", a.counts.size, a.sums.rows, "the rows of sums");
@@ -626,7 +639,7 @@ auto validate_lookup(const char* function, const CodebookView& codebook, const C
     a.codebook = read_only(to_matrix(function, "codebook", codebook));
     check_not_empty(function, "codebook", a.codebook.rows, a.codebook.columns);
     a.codes = read_only(to_codes(function, "codes", codes, a.codebook.rows));
-    a.quantized = to_matrix(function, "quantized", quantized);
+    a.quantized = to_matrix(function, "quantized", quantized, true);
     check_extent(function, "quantized", "rows", a.quantized.rows, a.codes.size, "one for each code");
     check_extent(function, "quantized", "columns", a.quantized.columns, a.codebook.columns,
                  "the columns of the codebook");

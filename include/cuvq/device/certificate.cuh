@@ -15,14 +15,15 @@
 // A difference contributes 1 + 2u at most (one rounding; the second u pays for subnormals that a compiler flag may
 // flush: a flushed operand changes a difference above 2^-100 by less than u of itself, and below that the square is
 // under 2^-200, which t covers); its square doubles that; each of at most D additions contributes 1 + u. So all
-// factors lie within (1 + u)^(D + 4), which is at most 1 + (D + 8) u, and at least 1 - (D + 8) u, while
-// (D + 8) u <= 2^-4. Underflow of a product or a sum adds at most 2^-125 each.
+// factors lie within (1 + u)^(D + 4), which is at most 1 + 1.04 e, and at least 1 - e, while e <= 2^-4. Underflow of a
+// product or a sum adds at most 2^-125 each.
 //   Let b have the least f, and w be the exact code. Then d64_w <= d64_b, so
 //     d_w <= d_b (1 + e64) / (1 - e64),
 //     f_w <= (1 + e) d_w + t <= (1 + e)(1 + 3 e64) / (1 - e) (f_b + t) + t <= (1 + 3 e) f_b + 3 t,
-// using e <= 2^-4 and e64 far below u. `filter_limit` is that right-hand side, rounded up. Codes with f above it
-// cannot win. Overflow: f may be Inf where d is finite, but only where d > 2^127; the limit is trusted up to 2^126,
-// so such codes lose rightly, and where the limit itself is larger (or NaN) the row takes the full float64 pass.
+// with 1.04 e for e above, using e <= 2^-4 and e64 far below u. `filter_limit` is that right-hand side, rounded up.
+// Codes with f above it cannot win. Overflow: f may be Inf where d is finite, but only where d > 2^127; the limit is
+// trusted up to 2^126, so such codes lose rightly, and where the limit itself is larger (or NaN) the row takes the full
+// float64 pass.
 //
 // The tensor-core filter (kernel/quantize_sm90.cuh) compares scores. With any centre m and powers of two s and t (t the
 // row's own), X = t s (x - m), C_k = s (c_k - m) and n_k = g - |C_k|^2 / 2 for any g,
@@ -33,17 +34,19 @@
 //   measured
 //                 when converting (subnormals and saturation show in them), in double for C; for x, x - m is rounded
 //                 once in float, which adds 2^-23 |X| to |X - X^| with room to spare;
-//   accumulation  products of halves are exact in float. Each of D / 16 + 1 steps adds 16 of them to the accumulator.
-//                 How it aligns and cuts the 17 terms is not documented; measurements see each cut below the last of
-//                 at least 24 bits of the largest (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA
-//                 tensor cores", 2021). We allow 2^-22 of the largest term, four times that, for each of the 17. No
-//                 term exceeds |X^| |C^| + t |n|: a partial sum of products is at most |X^| |C^|;
+//   accumulation  products of halves are exact in float. Each step adds 16 of them to the accumulator.
+//                 How it aligns and cuts the 17 terms is not documented; measurements on the generations before Hopper
+//                 see each cut below the last of at least 24 bits of the largest (Fasi, Higham, Mikaitis, Pranesh,
+//                 "Numerical behavior of NVIDIA tensor cores", 2021). The bound assumes four times that, 2^-22 of the
+//                 largest term for each of the 17. No term exceeds |X^| |C^| + t |n|: a partial sum of products is at
+//                 most |X^| |C^|;
 //   norm          t |n_k - three halves|, measured in double;
 //   float64       the distance of scores that d64 cannot tell apart: e64 of t s^2 |x - c|^2, at most
 //                 (D + 8) 2^-50 (|X| + t |C|)^2 / t with the slack of its own evaluation.
 // `score_error` is the sum, e, with the norms of C their maxima over the codebook; the factors by which the callers
 // round their norms up (1.0005, 1.0001) pay for the float arithmetic that evaluates it. If b has the largest S^ and w
-// is the exact code, S^_w >= S_w - e >= S_b - e >= S^_b - 2 e: codes below that cannot win. Tagging a score's low 5
+// is the exact code, S_w >= S_b - (the float64 part of e), and each S^ is
+// within the rest of e of its S, so S^_w >= S^_b - 2 e: codes below that cannot win. Tagging a score's low 5
 // bits moves it by less than 2^-18 of itself, two scores by 2^-17: the limit is lowered by that of the best. The
 // comparison is one of integers, right for positive floats only: a row whose limit is not above 0, or is NaN because a
 // norm is (the row or a code did not fit fp16), takes the full float64 pass. Codes that are not finite have n = -60000

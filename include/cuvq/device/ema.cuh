@@ -35,12 +35,6 @@ struct ema_size {
     bool blend;   ///< sound, and the rule moves it: active, or any code under the rules that decay every code
 };
 
-/// What an update did to a code.
-struct ema_outcome {
-    bool skipped = false;    ///< left as it was, since something was not finite
-    bool restarted = false;  ///< got a new row
-};
-
 /// keep * old + take * now, as the blend rounds it: two roundings, on every path.
 __device__ inline float ema_mix(const ema_step& e, float old, float now) {
     return __fmaf_rn(e.keep, old, __fmul_rn(e.take, now));

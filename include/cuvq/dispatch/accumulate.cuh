@@ -33,7 +33,7 @@ struct accumulate_scratch {
     std::int64_t slice = 0;                      // rows sorted at a time
     std::int64_t run = 0;                        // rows of a partial sum
     std::uint32_t *keys[2] = {}, *rows[2] = {};  // [slice] each
-    float* partial_sums = nullptr;               // [runs][2][D]
+    double* partial_sums = nullptr;              // [runs][2][D]
     double* partial_counts = nullptr;            // [runs][2]
     void* sort = nullptr;                        // [sort_bytes]
     std::size_t sort_bytes = 0;
@@ -45,7 +45,7 @@ struct accumulate_scratch {
             keys[i] = c.take<std::uint32_t>(slice);
             rows[i] = c.take<std::uint32_t>(slice);
         }
-        partial_sums = c.take<float>(runs * 2 * s.dimensions);
+        partial_sums = c.take<double>(runs * 2 * s.dimensions);
         partial_counts = c.take<double>(runs * 2);
         // What CUB asks for depends on the device; this covers its one-sweep sort (a histogram of 256 bins for every
         // tile of at least 2048 pairs, and a few kilobytes) without asking. Were it ever too little, `sort_rows`

@@ -34,8 +34,8 @@ using sm90_d269 = sm90_tile<17, 2, 1, 2>;
 struct sum_tile {
     static constexpr int threads = 128;
     static constexpr int columns = 128;
-    /// Rows of one partial sum. Growing with D it keeps the partial sums at 4 bytes per row.
-    static constexpr long long rows(long long dimensions) { return dimensions > 32 ? 2 * dimensions : 64; }
+    /// Rows of one partial sum, in double. Growing with D it keeps the partial sums at about 7 bytes per row.
+    static constexpr long long rows(long long dimensions) { return dimensions > 32 ? 9 * dimensions / 4 : 72; }
 };
 
 }  // namespace cuvq

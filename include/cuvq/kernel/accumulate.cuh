@@ -49,7 +49,7 @@ struct sorted_rows {
     std::int64_t count;         // rows of the slice
     std::int64_t first_row;     // of the slice in x
     std::int64_t run;           // rows per run
-    float* partial_sums;        // [runs][2][D]: the segment that holds the run's first row; the last one, if another
+    double* partial_sums;       // [runs][2][D]: the segment that holds the run's first row; the last one, if another
     double* partial_counts;     // [runs][2] sums of weights
 };
 
@@ -81,6 +81,7 @@ __global__ __launch_bounds__(Tile::threads) void sum_runs(detail::accumulate_arg
             const bool starts_before = at == begin && begin > 0 && s.keys[begin - 1] == key, opens = at == begin;
             double sum[V] = {}, count = 0;
             while (at < end && s.keys[at] == key) {
+                const std::int64_t start = at;
                 float part[V] = {};
                 const std::int64_t stop = at + most_float_rows < end ? at + most_float_rows : end;
 #pragma unroll 4
@@ -91,15 +92,30 @@ __global__ __launch_bounds__(Tile::threads) void sum_runs(detail::accumulate_arg
                     device::accumulate_row(part, a.x.row(row), weight, columns, first, 32);
                 }
 #pragma unroll
-                for (int i = 0; i < V; ++i) sum[i] += part[i];
+                for (int i = 0; i < V; ++i) {
+                    if (isfinite(part[i])) {
+                        sum[i] += part[i];
+                    } else if (first + 32 * i < columns) {  // float overflowed on the way; double does not
+                        for (std::int64_t again = start; again < at; ++again) {
+                            const std::int64_t row = s.first_row + s.rows[again];
+                            sum[i] += static_cast<double>(a.weights ? a.weights[row] : 1.0f) *
+                                      static_cast<double>(static_cast<float>(a.x.row(row)[first + 32 * i]));
+                        }
+                    }
+                }
             }
             const bool goes_on = at == end && end < s.count && s.keys[end] == key;
             const bool partial = starts_before || goes_on;
             const std::int64_t slot = 2 * run + (opens ? 0 : 1);
-            float* to = partial ? s.partial_sums + slot * columns : a.sums.row(key);
 #pragma unroll
-            for (int i = 0; i < V; ++i)
-                if (first + 32 * i < columns) put(to[first + 32 * i], sum[i], add && !partial);
+            for (int i = 0; i < V; ++i) {
+                const std::int64_t d = first + 32 * i;
+                if (d >= columns) continue;
+                if (partial)
+                    s.partial_sums[slot * columns + d] = sum[i];
+                else
+                    put(a.sums.row(key)[d], sum[i], add);
+            }
             if (lane == 0 && w % slices == 0) {
                 if (partial)
                     s.partial_counts[slot] = count;

@@ -33,7 +33,7 @@ public:
     /// rows again), or the next row within 64 that is finite, or zeros if there is none; the statistics as `initial`
     /// says; counters zero.
     /// @param x [N x D] host memory, N >= 1; any element type if T is float, else T.
-    /// @throws std::invalid_argument if x has no row or other columns.
+    /// @throws std::invalid_argument if x has no row, other columns, or overlaps this codebook.
     template <class XView>
     void init_from_rows(const XView& x, std::uint64_t seed, initial_statistics initial = initial_statistics::zeros) {
         static_assert(cuvq::detail::is_matrix<XView>, "cuvq: `x` must be a cuvq::matrix_view");
@@ -44,6 +44,8 @@ public:
         const auto m = cuvq::detail::read_only(cuvq::detail::to_matrix(function, "x", x));
         if (m.rows < 1) cuvq::detail::bad_argument(function, "x", "0 rows", "at least 1");
         cuvq::detail::check_extent(function, "x", "columns", m.columns, dimensions_, "the columns of the codebook");
+        cuvq::detail::check_initial(function, initial);
+        cuvq::detail::check_state_disjoint(function, cuvq::detail::to_state(function, state()), {}, {{"x", m}});
         const bool one = initial == initial_statistics::one_per_code;
         for (std::int64_t k = 0; k < codes_; ++k) {
             const std::int64_t first = cuvq::detail::permute(seed, k % m.rows, m.rows);

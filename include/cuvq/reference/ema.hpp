@@ -188,6 +188,7 @@ step_stats ema_update(const cuvq::detail::update_args<T, X>& u, const ema_params
 ///               weight is negative or not finite, or which hold a NaN or Inf are left out and counted.
 /// @param counts [K] out, float: n_k = sum of weights. Added onto when `params.add`.
 /// @param sums   [K x D] out, float: s_k = sum of weight * x. Added onto when `params.add`.
+/// @param params weights, add, where to write `step_stats` (host memory).
 /// @throws std::invalid_argument naming the argument.
 /// Deterministic: double sums in row order, rounded once. O(N D + K D) time, O(K D) scratch memory.
 /// Source: van den Oord et al. 2017, appendix A.1, eq. 6 and 7.
@@ -228,6 +229,7 @@ void ema_apply(const State& state, const CountsView& counts, const SumsView& sum
 /// @param state in/out: K codes in D dimensions, host memory; its codebook holds float or the type of x.
 /// @param x     [N x D] host memory.
 /// @param codes [N] host memory: the code of each row of x, as `quantize` gives it.
+/// @param params rule, decay, dead codes, weights; see `ema_params` for each formula and its source.
 /// @throws std::invalid_argument naming the argument.
 /// Deterministic. O(N D + K D) time, O(K D) scratch memory.
 template <class State, class XView, class CodesView>
@@ -244,8 +246,9 @@ void ema_update(const State& state, const XView& x, const CodesView& codes, cons
 /// @param x         [N x D] host memory.
 /// @param codes     [N] out, host memory.
 /// @param quantized [N x D] out, of the type of x, or `discard`: the rows of the codebook before the step.
+/// @param params    as in `ema_update`; converts from `ema_params`.
 /// @throws std::invalid_argument naming the argument.
-/// Deterministic. O(N K D) time.
+/// Deterministic. O(N K D) time. Source: van den Oord et al. 2017, appendix A.1; Razavi et al. 2019.
 template <class State, class XView, class CodesView, class QuantizedView = discard_t>
 void train_step(const State& state, const XView& x, const CodesView& codes, const QuantizedView& quantized = discard,
                 const train_params& params = {}) {
