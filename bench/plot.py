@@ -193,7 +193,7 @@ def scaling(rows, peers, time_of, sweeps, title, path):
             panels.append((axis, fixed, lines))
     if not panels:
         return
-    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels) + 0.6, 3.6), squeeze=False,
+    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels) + 0.6, 3.6), squeeze=False, gridspec_kw={"wspace": 0.3},
                                        sharey=True)
     for (axis, fixed, lines), axes in zip(panels, all_axes[0]):
         for who, points in lines.items():
@@ -211,10 +211,12 @@ def scaling(rows, peers, time_of, sweeps, title, path):
     all_axes[0][0].set_ylabel("µs")
     all_axes[0][0].set_title(title, loc="left", fontsize=10)
 
-    axes, lines = all_axes[0][-1], panels[-1][2]
-    looks = [PEERS.get(who, OWN) for who in lines]
-    label_points(axes, [points[-1] for points in lines.values()], [l[0] for l in looks], [l[1] for l in looks],
-                 own="cuvq")
+    # A line's name stands beside the last panel that has it.
+    for at, (axes, (_, _, lines)) in enumerate(zip(all_axes[0], panels)):
+        named = {who: points for who, points in lines.items() if not any(who in p[2] for p in panels[at + 1:])}
+        looks = [PEERS.get(who, OWN) for who in named]
+        label_points(axes, [points[-1] for points in named.values()], [l[0] for l in looks], [l[1] for l in looks],
+                     own="cuvq")
     save(figure, path)
     pyplot.close(figure)
 

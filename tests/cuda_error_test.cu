@@ -98,6 +98,19 @@ TEST(CudaErrorTest, WithoutADeviceEveryCallSaysSo) {
     }
 }
 
+TEST(CudaErrorTest, MoreCodesThanASortKeyHoldsAreRefused) {
+    constexpr std::int64_t k = (std::int64_t{1} << 32) - 1;
+    const auto state = state_nowhere(k, 1);
+    const auto x = matrix_at<float>(6, 5, 1);
+    const vector_view<std::int64_t> codes(address<std::int64_t>(7), 5);
+    const std::string got = ": got 4294967295 rows; wants at most 2^32 - 2 codes";
+    EXPECT_EQ(
+        refusal([&] { accumulate(x, codes, vector_view<float>(address<float>(8), k), matrix_at<float>(9, k, 1)); }),
+        "cuvq::accumulate: sums" + got);
+    EXPECT_EQ(refusal([&] { ema_update(state, x, codes); }), "cuvq::ema_update: state.codebook" + got);
+    EXPECT_EQ(refusal([&] { train_step(state, x, codes); }), "cuvq::train_step: state.codebook" + got);
+}
+
 // Not among the tests for memcheck, to which every failed CUDA call is an error.
 class CudaErrorOnDeviceTest : public gpu_test {};
 
