@@ -193,8 +193,8 @@ def scaling(rows, peers, time_of, sweeps, title, path):
             panels.append((axis, fixed, lines))
     if not panels:
         return
-    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels) + 0.6, 3.6), squeeze=False, gridspec_kw={"wspace": 0.3},
-                                       sharey=True)
+    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels) + 0.6, 3.6), squeeze=False,
+                                       gridspec_kw={"wspace": 0.3}, sharey=True)
     for (axis, fixed, lines), axes in zip(panels, all_axes[0]):
         for who, points in lines.items():
             label, colour, marker = PEERS.get(who, OWN)
