@@ -65,11 +65,13 @@ How
 
 A row is CASE/WHO/TYPE/NxKxD/VARIANT[/hard]. Its time is the median of samples
 between two CUDA events; a sample is a captured graph of as many launches as take
-about 1 ms. Vectors that fit in the card's L2 cache are timed there, as they are
+about 1 ms (at most 100). Vectors that fit in the card's L2 cache are timed there, as they are
 right after the layer that made them; larger ones (or all, with --cold) rotate
 over enough sets that none is still in L2. The state of ema_update and train_step
-is reset before each sample. Memory is allocated, and norms and copies that a peer
-needs of the codebook are made, outside the timed part. Data are random.
+is reset before each sample, so codes that restart after 20 idle steps rarely do.
+Memory is allocated, and norms and copies that a peer needs of the codebook are
+made, outside the timed part; only cuvq's quantize takes its scratch memory from
+the stream's pool inside it. Data are random.
 
 Peers: cublas_*_argmin: the matrix of scores by cuBLAS, then argmin with CUB, in
 pieces that fit in L2 or whole, whichever is faster; cublas_fp16_product: that
@@ -83,9 +85,10 @@ Counters
   us, us_min     median and fastest sample, microseconds per call
   TFLOP/s        2NKD per call (of accumulate and ema_update: none)
   GB/s           of the fewest bytes the call must move
-  of_ceiling     1 is what the run's copy and product ceilings allow
+  of_ceiling     share of the run's copy and product ceilings; above 1 where L2
+                 serves, or where the job reads only
   vs_PEER        time divided by PEER's: below 1 is faster than PEER
-  wrong          rows with a wrong code, of 4096 compared with a float64 brute
+  wrong          rows with a wrong code, of up to 4096 put beside a float64 brute
                  force; also named in the row's label
   sum_error      relative error (Frobenius norm) of sums against float64
 

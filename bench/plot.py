@@ -30,7 +30,7 @@ PEERS = {
     "torch_addmm_fp32": ("PyTorch addmm + argmin, FP32", "#009E73", "v"),
     "cublas_tf32_argmin": ("cuBLAS + CUB argmin, TF32", "#56B4E9", "D"),
     "cublas_fp32_argmin": ("cuBLAS + CUB argmin, FP32", "#E69F00", "P"),
-    "vector_quantize_pytorch": ("vector-quantize-pytorch", "#CC79A7", "X"),
+    "vector_quantize_pytorch": ("vector-quantize-pytorch (whole layer, host time)", "#CC79A7", "X"),
     "torch_index_add": ("PyTorch index_add_ (sums only)", "#009E73", "^"),
     "cub_sort_reduce": ("CUB sort + reduce (sums only)", "#E69F00", "P"),
     "cublas_one_hot": ("cuBLAS, one-hot (sums only)", "#56B4E9", "D"),

@@ -100,8 +100,8 @@ def quantize_table(rows, sets):
 def update_cell(rows, who, shape, codes):
     if who == "read_x":
         return number(rows.us("floor", who, shape))
-    if who in ("rectokens", "cublas_one_hot"):  # whose time does not depend on the codes
-        return number(update_us(rows, who, shape))
+    if who in ("rectokens", "cublas_one_hot"):  # measured with uniform codes only
+        return number(update_us(rows, who, shape)) if codes == "uniform" else "–"
     return number(rows.us("ema_update" if who == "cuvq" else "accumulate", who, shape, variant=codes))
 
 
@@ -131,7 +131,7 @@ def block(rows, directory, readme):
              "row is taken.\n"]
     quantize = quantize_table(rows, ("seed", "large"))
     if quantize:
-        parts += ["`quantize`, float32, codes only. In parentheses: wrong codes among 4096 rows.\n", quantize]
+        parts += ["`quantize`, float32, codes only. In parentheses: wrong codes among up to 4096 rows.\n", quantize]
     models = quantize_table(rows, ("models",))
     if models:
         parts += ["<details><summary>Shapes of models</summary>\n", models, "</details>\n"]

@@ -103,10 +103,10 @@ public:
     /// The card's rates, per microsecond, once measured.
     double most_flops = 0, most_bytes = 0;
 
-    /// False once a row of cuvq was wrong or failed.
+    /// False once a row of cuvq, or of its CPU path, was wrong or failed.
     bool good() const { return good_; }
     void fail(const row& r) {
-        if (r.who == "cuvq") good_ = false;
+        if (r.who.rfind("cuvq", 0) == 0) good_ = false;
     }
 
     void write(benchmark::State& state, const row& r, const measured& m, const work& w, const verdict& v = {},
