@@ -15,6 +15,7 @@
 #include <cuvq/error.hpp>
 #include <cuvq/lookup.cuh>
 #include <cuvq/params.hpp>
+#include <cuvq/prepare.cuh>
 #include <cuvq/quantize.cuh>
 #include <cuvq/reference/codebook.hpp>
 #include <cuvq/reference/ema.hpp>

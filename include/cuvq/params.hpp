@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include <cuvq/views.hpp>
+#include <cuvq/workspace.hpp>
 
 namespace cuvq {
 
@@ -19,6 +20,10 @@ enum class metric {
 /// How sure a code must be.
 enum class accuracy {
     exact,  ///< the code of a float64 brute force, lowest index on ties
+    /// A code whose squared distance is above the least by at most 2^-8 (|x - m| + max |c - m|)^2, m near the
+    /// codebook's mean, in practice by far less: one pass of the tensor cores in half precision decides. Repeatable,
+    /// lowest index on equal scores. Paths without tensor cores are exact instead.
+    fast,
 };
 
 /// How a batch's statistics n (counts) and s (sums) move the state. g is the decay, e is epsilon.
@@ -71,6 +76,8 @@ struct quantize_params {
     cuvq::accuracy accuracy = cuvq::accuracy::exact;
     /// Where to write commitment_loss, perplexity, active_codes and invalid_rows; null: nowhere.
     step_stats* stats = nullptr;
+    /// What `prepare` made of this very codebook, as it stands; empty: the call prepares it for itself.
+    prepared_codebook prepared{};
 };
 
 struct accumulate_params {

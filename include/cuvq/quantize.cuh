@@ -11,6 +11,7 @@
 #include <cuvq/dispatch/quantize.cuh>
 #include <cuvq/kernel/stats.cuh>
 #include <cuvq/params.hpp>
+#include <cuvq/prepare.cuh>
 #include <cuvq/views.hpp>
 #include <cuvq/workspace.hpp>
 
@@ -23,9 +24,9 @@ struct quantize_scratch {
     dispatch::search_scratch search;
     kernel::search_tally tally;
 
-    quantize_scratch(carver& c, const shape& s, bool reports) : search(c, s) {
-        if (!reports) return;
-        tally.loss = c.take<double>(dispatch::most_search_blocks);
+    quantize_scratch(carver& c, const shape& s, const quantize_params& p) : search(c, s, p.prepared) {
+        if (!p.stats) return;
+        tally.loss = c.take<double>(dispatch::most_losses);
         tally.histogram = c.take<unsigned long long>(s.codes + 1);  // the last one is rows_without
         tally.rows_without = tally.histogram ? tally.histogram + s.codes : nullptr;
     }
@@ -39,7 +40,7 @@ struct quantize_scratch {
 inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_params& params = {}) {
     detail::check_shape("quantize_workspace_bytes", s);
     detail::carver c;
-    detail::quantize_scratch(c, s, params.stats != nullptr);
+    detail::quantize_scratch(c, s, params);
     return c.bytes();
 }
 
@@ -71,14 +72,16 @@ void quantize(const XView& x, const CodebookView& codebook, const CodesView& cod
     const char* function = "quantize";
     const auto args = detail::validate_quantize(function, x, codebook, codes, quantized, distances, params);
     const shape s{args.x.rows, args.codebook.rows, args.x.columns};
+    detail::check_prepared(function, "params.prepared", params.prepared,
+                           prepared_codebook_bytes(s.codes, s.dimensions));
     const detail::scratch memory(function, ws, quantize_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
-    const detail::quantize_scratch m(c, s, params.stats != nullptr);
+    const detail::quantize_scratch m(c, s, params);
     if (params.stats)
         CUVQ_CHECK_CUDA(cudaMemsetAsync(m.tally.histogram, 0,
                                         static_cast<std::size_t>(s.codes + 1) * sizeof(*m.tally.histogram), stream));
-    const std::int64_t losses =
-        dispatch::quantize<dispatch::static_dimensions<XView, CodebookView>()>(args, m.tally, m.search, stream);
+    const std::int64_t losses = dispatch::quantize<dispatch::static_dimensions<XView, CodebookView>()>(
+        args, m.tally, m.search, params.accuracy == accuracy::exact, stream);
     if (params.stats) {
         kernel::stats_parts parts;
         parts.loss = m.tally.loss;

@@ -31,9 +31,9 @@ struct train_scratch {
         return codes == std::int64_t{1} << 8 || codes == std::int64_t{1} << 16 || codes == std::int64_t{1} << 32;
     }
 
-    train_scratch(carver& c, const shape& s, const train_params& p) : update(c, s, p), search(c, s) {
+    train_scratch(carver& c, const shape& s, const train_params& p) : update(c, s, p), search(c, s, {}) {
         if (p.stats) {
-            tally.loss = c.take<double>(dispatch::most_search_blocks);
+            tally.loss = c.take<double>(dispatch::most_losses);
             tally.rows_without = c.take<unsigned long long>(1);
         }
         if (is_ambiguous(s.codes)) distances = c.take<float>(s.vectors);
@@ -80,7 +80,7 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
     constexpr auto last_code = static_cast<std::uint64_t>(std::numeric_limits<detail::value_of<CodesView>>::max());
     if (static_cast<std::uint64_t>(s.codes - 1) == last_code) args.quantize.distances = {m.distances, s.vectors};
     const std::int64_t losses = dispatch::quantize<dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
-        args.quantize, m.tally, m.search, stream);
+        args.quantize, m.tally, m.search, params.accuracy == accuracy::exact, stream);
     const dispatch::provenance from{true, {args.quantize.distances.data, args.quantize.distances.size}};
     detail::update(args.update, params, from, m.update, stream);
     if (params.stats) {

@@ -108,6 +108,12 @@ struct basic_codes_ref {
         }
     }
 
+    /// Whether a code is what marks a row without one in an unsigned type.
+    CUVQ_HOST_DEVICE bool is_mark(std::int64_t code) const {
+        return (type == code_type::uint8 && code == 0xFF) || (type == code_type::uint16 && code == 0xFFFF) ||
+               (type == code_type::uint32 && code == 0xFFFFFFFF);
+    }
+
     /// Writes code i; -1 becomes all bits set.
     CUVQ_HOST_DEVICE void store(std::int64_t i, std::int64_t code) const {
         switch (type) {

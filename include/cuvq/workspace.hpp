@@ -24,4 +24,13 @@ struct workspace {
     static constexpr std::size_t alignment = 256;
 };
 
+/// Device memory that holds what the searches derive from a codebook, so that `quantize` need not do so in each call:
+/// 256-byte aligned, of at least `prepared_codebook_bytes`, overlapping no other argument. `prepare` fills it, and must
+/// again after every change of the codebook that is not made by the EMA functions with this in their state. The
+/// default, empty, stands for none. `cuvq::reference` has no use for it and ignores it.
+struct prepared_codebook {
+    void* data = nullptr;   ///< device pointer
+    std::size_t bytes = 0;  ///< size of the block in bytes
+};
+
 }  // namespace cuvq

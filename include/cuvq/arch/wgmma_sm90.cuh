@@ -63,6 +63,16 @@ __device__ inline std::uint32_t shared_address(const void* p) {
     return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
+/// Registers per thread from here on, for whole warpgroups: more of them where others have given theirs up.
+template <int Registers>
+__device__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+template <int Registers>
+__device__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
@@ -87,6 +97,16 @@ __device__ inline void wgmma_64x128x16(float (&d)[64], std::uint64_t rows, std::
         : "l"(rows), "l"(codes), "r"(add));
 #undef CUVQ_R4
 #undef CUVQ_R16
+}
+
+/// A value that the compiler keeps in a register, rather than work it out again wherever it is used.
+template <class T>
+__device__ T kept(T v) {
+    if constexpr (sizeof(T) == 8)
+        asm volatile("" : "+l"(v));
+    else
+        asm volatile("" : "+r"(v));
+    return v;
 }
 
 /// Lower half of the matrix descriptor of an operand's first step: its address in units of 16 bytes (a leading

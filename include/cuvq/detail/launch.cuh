@@ -66,15 +66,39 @@ inline unsigned blocks_for(std::int64_t work, std::int64_t per_block, std::int64
     return static_cast<unsigned>(std::min(most, std::max<std::int64_t>(1, (work - 1) / per_block + 1)));
 }
 
-/// `shared_bytes`: dynamic shared memory.
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
-            std::size_t shared_bytes, Arguments&&... arguments) {
+inline cudaLaunchConfig_t launch_config(unsigned blocks, unsigned threads, cudaStream_t stream,
+                                        std::size_t shared_bytes) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(threads);
     config.stream = stream;
     config.dynamicSmemBytes = shared_bytes;
+    return config;
+}
+
+/// `shared_bytes`: dynamic shared memory.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+            std::size_t shared_bytes, Arguments&&... arguments) {
+    const cudaLaunchConfig_t config = launch_config(blocks, threads, stream, shared_bytes);
+    CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
+}
+
+/// The same for a kernel that may start while the one before it in the stream still runs, in clusters of `cluster`
+/// blocks. It must wait for that one by arch::await_previous_kernel() in every thread, before it reads or writes
+/// anything in global memory.
+template <class... Parameters, class... Arguments>
+void launch_dependent(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+                      std::size_t shared_bytes, unsigned cluster, Arguments&&... arguments) {
+    cudaLaunchConfig_t config = launch_config(blocks, threads, stream, shared_bytes);
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    config.attrs = attributes;
+    config.numAttrs = cluster > 1 ? 2 : 1;
     CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 }
 

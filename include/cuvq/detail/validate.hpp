@@ -255,7 +255,8 @@ inline void check_disjoint(const char* function, std::initializer_list<memory> w
 
 inline void check_search(const char* function, metric m, accuracy a) {
     if (m != metric::l2) bad_argument(function, "params.metric", "no enumerator of metric", "metric::l2");
-    if (a != accuracy::exact) bad_argument(function, "params.accuracy", "no enumerator of accuracy", "accuracy::exact");
+    if (a != accuracy::exact && a != accuracy::fast)
+        bad_argument(function, "params.accuracy", "no enumerator of accuracy", "accuracy::exact or accuracy::fast");
 }
 
 inline void check_stats(const char* function, const step_stats* stats) {
@@ -341,6 +342,15 @@ inline void check_workspace(const char* function, const workspace& w, std::size_
         bad_argument(function, "workspace", "a misaligned pointer", "256-byte alignment");
     if (w.bytes < bytes)
         bad_argument(function, "workspace", std::to_string(w.bytes) + " bytes", "at least " + std::to_string(bytes));
+}
+
+inline void check_prepared(const char* function, const char* argument, const prepared_codebook& p, std::size_t bytes) {
+    if (p.data == nullptr && p.bytes == 0) return;
+    if (p.data == nullptr) bad_argument(function, argument, "a null pointer", "a device pointer, or none at all");
+    if (reinterpret_cast<std::uintptr_t>(p.data) % workspace::alignment != 0)
+        bad_argument(function, argument, "a misaligned pointer", "256-byte alignment");
+    if (p.bytes < bytes)
+        bad_argument(function, argument, std::to_string(p.bytes) + " bytes", "at least " + std::to_string(bytes));
 }
 
 // ---- whole argument lists ---------------------------------------------------------------------------------------

@@ -97,6 +97,21 @@ __device__ float4 load4(const T* row, std::int64_t column, std::int64_t columns)
     return {at(column), at(column + 1), at(column + 2), at(column + 3)};
 }
 
+/// Whether all elements of a row are finite. Called by a whole warp, converged; every lane gets the answer.
+template <class T>
+__device__ bool is_row_finite(const T* row, std::int64_t columns) {
+    bool finite = true;
+    for (std::int64_t d = threadIdx.x % 32; d < columns; d += 32)
+        finite = finite && isfinite(static_cast<float>(row[d]));
+    return __all_sync(0xFFFFFFFFu, finite);
+}
+
+/// sum + (u - v)^2, with the head comment's roundings.
+__device__ inline void add_square(double& sum, float u, float v) {
+    const double difference = __dsub_rn(widened(u), widened(v));
+    sum = __fma_rn(difference, difference, sum);
+}
+
 /// d64(x, c) of the head comment for several codes at once, of rows of `columns` elements in any memory. Called by all
 /// eight lanes of a group with the same arguments; every lane gets the sums. Not finite if an element is not.
 template <int Codes, class X, class C>
@@ -107,16 +122,12 @@ __device__ void exact_distances(const X* x, const C* const (&codes)[Codes], std:
 #pragma unroll
     for (int k = 0; k < Codes; ++k) distances[k] = 0;
     const auto add = [&](const float4& a, const float4(&b)[Codes]) {
-        const auto square = [](double& sum, float u, float v) {
-            const double difference = __dsub_rn(widened(u), widened(v));
-            sum = __fma_rn(difference, difference, sum);
-        };
 #pragma unroll
         for (int k = 0; k < Codes; ++k) {
-            square(distances[k], a.x, b[k].x);
-            square(distances[k], a.y, b[k].y);
-            square(distances[k], a.z, b[k].z);
-            square(distances[k], a.w, b[k].w);
+            add_square(distances[k], a.x, b[k].x);
+            add_square(distances[k], a.y, b[k].y);
+            add_square(distances[k], a.z, b[k].z);
+            add_square(distances[k], a.w, b[k].w);
         }
     };
     bool aligned = columns % 4 == 0 && is_aligned4(x);
@@ -153,6 +164,29 @@ __device__ double exact_distance(const X* x, const C* code, std::int64_t columns
     double distance[1];
     exact_distances(x, codes, columns, distance);
     return distance[0];
+}
+
+/// d64(x, c) of the head comment by one thread alone: for rows too short to share.
+template <class X, class C>
+__device__ double exact_distance_alone(const X* x, const C* code, std::int64_t columns) {
+    double p[exact_lanes] = {};
+    for (std::int64_t first = 0; first < columns; first += 4 * exact_lanes) {
+#pragma unroll
+        for (int j = 0; j < exact_lanes; ++j) {
+            if (first + 4 * j >= columns) break;
+            const float4 a = load4(x, first + 4 * j, columns), b = load4(code, first + 4 * j, columns);
+            add_square(p[j], a.x, b.x);
+            add_square(p[j], a.y, b.y);
+            add_square(p[j], a.z, b.z);
+            add_square(p[j], a.w, b.w);
+        }
+    }
+#pragma unroll
+    for (int step = 1; step < exact_lanes; step *= 2) {
+#pragma unroll
+        for (int j = 0; j < exact_lanes; j += 2 * step) p[j] = __dadd_rn(p[j], p[j + step]);
+    }
+    return p[0];
 }
 
 /// Whether (distance, code) comes before (other_distance, other_code): nearer, or as near and lower.

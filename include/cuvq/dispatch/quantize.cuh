@@ -15,11 +15,16 @@
 #include <cuvq/kernel/prepare.cuh>
 #include <cuvq/kernel/quantize.cuh>
 #include <cuvq/kernel/quantize_sm90.cuh>
+#include <cuvq/kernel/quantize_sm90_few.cuh>
+#include <cuvq/kernel/settle.cuh>
 
 namespace cuvq::dispatch {
 
-/// Most blocks of a SIMT search, and most partial losses of any, so that the workspace needs no word from the device.
+/// Most blocks of a SIMT search.
 inline constexpr std::int64_t most_search_blocks = 4096;
+
+/// Most partial losses of any search, so that the workspace needs no word from the device.
+inline constexpr std::int64_t most_losses = most_search_blocks * (simt_tile::threads / 32);
 
 /// Static D of two views: the one that either fixes.
 template <class XView, class CodebookView>
@@ -55,71 +60,142 @@ void with_sm90_tile(std::int64_t dimensions, Use use) {
     }
 }
 
-/// Room for the image of the codebook, wherever a tensor-core search could want one: for D up to 13, 77, 141, 269, so
+/// Most blocks of a tensor-core search.
+inline constexpr std::int64_t most_blocks = kernel::most_segments / kernel::finishing_warps;
+
+/// Blocks that settle rows put aside.
+inline constexpr unsigned settle_blocks = 528;
+
+/// Room for the image of a codebook, wherever a tensor-core search could want one: for D up to 13, 77, 141, 269, so
 /// many bytes per code: 32, 160, 288, 544.
+inline kernel::codebook_image take_image(detail::carver& c, std::int64_t codes, std::int64_t dimensions) {
+    kernel::codebook_image image{};
+    with_sm90_tile(dimensions, [&](auto tile) {
+        using layout = arch::wgmma_layout<decltype(tile)::steps>;
+        const std::int64_t tiles = (codes - 1) / kernel::image_tile + 1;
+        image.centre = c.take<float>(dimensions);
+        image.scale = c.take<float>(1);
+        image.bounds = c.take<kernel::code_bounds>(tiles * (kernel::image_tile / kernel::image_part));
+        image.rows = c.take<char>(tiles * layout::bytes(kernel::image_tile));
+    });
+    return image;
+}
+
+/// Scratch memory of a search. `prepared`: the image is there already.
 struct search_scratch {
     kernel::codebook_image image{};
+    kernel::rows_aside aside{};
+    bool prepared;
 
-    search_scratch(detail::carver& c, const shape& s) {
-        with_sm90_tile(s.dimensions, [&](auto tile) {
-            using layout = arch::wgmma_layout<decltype(tile)::steps>;
-            const std::int64_t tiles = (s.codes - 1) / kernel::image_tile + 1;
-            image.centre = c.take<float>(s.dimensions);
-            image.scale = c.take<float>(1);
-            image.bounds = c.take<kernel::code_bounds>(tiles * (kernel::image_tile / kernel::image_part));
-            image.rows = c.take<char>(tiles * layout::bytes(kernel::image_tile));
-        });
+    search_scratch(detail::carver& c, const shape& s, const prepared_codebook& from) : prepared(from.data != nullptr) {
+        detail::carver own(from.data);
+        image = take_image(prepared ? own : c, s.codes, s.dimensions);
+        // A segment per warp that writes codes, on as many processors as are provided for: 24 bytes per row in all.
+        const std::int64_t groups = (s.vectors + kernel::row_results::rows - 1) / kernel::row_results::rows;
+        const std::int64_t segments = std::min<std::int64_t>(groups * kernel::finishing_warps, kernel::most_segments);
+        const std::int64_t capacity = std::min<std::int64_t>(segments > 0 ? s.vectors * 3 / 4 / segments : 0, 256);
+        aside.rows = c.take<kernel::row_aside>(segments * capacity);
+        aside.used = c.take<int2>(segments);
+        aside.shared = c.take<kernel::shared_row>(kernel::most_shared_rows);
+        aside.capacity = static_cast<int>(capacity);
     }
 };
 
-/// Prepares the codebook and searches it on the tensor cores. False, with nothing launched, where the device or the
-/// compiled code has no such path.
+/// Prepares the codebook for a search with `Tile`.
+template <class Tile, class C>
+void prepare(const matrix_ref<const C>& codebook, const kernel::codebook_image& image, cudaStream_t stream) {
+    constexpr unsigned threads = 256;
+    const std::int64_t tiles = (codebook.rows - 1) / kernel::image_tile + 1;
+    detail::launch(kernel::prepare<threads, Tile::steps, C>,
+                   static_cast<unsigned>(tiles * (kernel::image_tile / kernel::image_part)), threads, stream, 0,
+                   codebook, image);
+}
+
+/// Whether a kernel was compiled for this device's own tensor cores: elsewhere it is empty and made for a warp only.
+template <class... Parameters>
+bool is_compiled(void (*kernel)(Parameters...), int threads) {
+    cudaFuncAttributes attributes;
+    CUVQ_CHECK_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.maxThreadsPerBlock >= threads;
+}
+
+template <class... Parameters>
+void allow_shared_bytes(void (*kernel)(Parameters...), int bytes) {
+    CUVQ_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+/// Few rows: one launch, in clusters of as many blocks as there are processors for.
 template <class Tile, class X, class C>
-bool quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                   const search_scratch& scratch, std::int64_t& losses, cudaStream_t stream) {
+std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                               const search_scratch& scratch, bool exact, std::int64_t groups, int processors,
+                               cudaStream_t stream) {
+    const auto search = kernel::quantize_sm90_few<Tile, X, C>;
+    const std::int64_t tiles = (args.codebook.rows - 1) / kernel::image_tile + 1;
+    std::int64_t cluster = 1;
+    while (2 * cluster <= kernel::few_blocks && groups * 2 * cluster <= processors && cluster < tiles) cluster *= 2;
+    const std::int64_t blocks = groups * cluster;
+    allow_shared_bytes(search, kernel::few_shared<Tile>::allocated);
+    detail::launch_dependent(search, static_cast<unsigned>(blocks), kernel::few_threads, stream,
+                             kernel::few_shared<Tile>::allocated, static_cast<unsigned>(cluster), args, scratch.image,
+                             tally, static_cast<unsigned>(cluster), exact, kernel::tag_mask);
+    return blocks * kernel::few_warps;
+}
+
+/// Many rows: the pipeline, the rows that it put aside, and where they are asked for, quantized rows and distances.
+template <class Tile, class X, class C>
+std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                                const search_scratch& scratch, bool exact, std::int64_t groups, int processors,
+                                cudaStream_t stream) {
     using shared = kernel::sm90_shared<Tile>;
     const auto search = kernel::quantize_sm90<Tile, X, C>;
+    const std::int64_t blocks = std::min<std::int64_t>({processors, groups, most_blocks});
+    allow_shared_bytes(search, shared::allocated);
+    detail::launch_dependent(search, static_cast<unsigned>(blocks), static_cast<unsigned>(shared::threads), stream,
+                             shared::allocated, 1, args, scratch.image, tally, scratch.aside, skip_tiles, exact,
+                             kernel::tag_mask);
+    detail::launch_dependent(kernel::settle_aside<X, C>, settle_blocks, kernel::settle_threads, stream, 0, 1, args,
+                             tally, scratch.aside, static_cast<int>(blocks * kernel::finishing_warps));
+    if (!kernel::wants_rows(args, tally)) return 0;
+    const unsigned output_blocks = detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, processors * 8);
+    detail::launch_dependent(kernel::write_outputs<X, C>, output_blocks, kernel::outputs_threads, stream, 0, 1, args,
+                             tally);
+    return std::int64_t{output_blocks} * (kernel::outputs_threads / 32);
+}
+
+/// Prepares the codebook and searches it on Hopper's tensor cores. False, with nothing launched, where the device or
+/// the compiled code has no such path.
+template <class Tile, class X, class C>
+bool quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                   const search_scratch& scratch, bool exact, std::int64_t& losses, cudaStream_t stream) {
     int device = 0, major = 0, processors = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    if (major != 9) return false;
-    // Compiled for another target than sm_90a, the kernel is empty and made for a warp only.
-    cudaFuncAttributes attributes;
-    CUVQ_CHECK_CUDA(cudaFuncGetAttributes(&attributes, search));
-    if (attributes.maxThreadsPerBlock < shared::threads()) return false;
+    if (major != 9 || !is_compiled(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_threads)) return false;
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    CUVQ_CHECK_CUDA(cudaFuncSetAttribute(search, cudaFuncAttributeMaxDynamicSharedMemorySize, shared::allocated));
-
-    constexpr unsigned prepare_threads = 256;
-    const std::int64_t tiles = (args.codebook.rows - 1) / kernel::image_tile + 1;
-    detail::launch(kernel::prepare<prepare_threads, Tile::steps, C>,
-                   static_cast<unsigned>(tiles * (kernel::image_tile / kernel::image_part)), prepare_threads, stream, 0,
-                   args.codebook, scratch.image);
-    // Few rows: rather more blocks of fewer.
+    if (!scratch.prepared) prepare<Tile>(args.codebook, scratch.image, stream);
     const std::int64_t groups = (args.x.rows - 1) / kernel::row_results::rows + 1;
-    const int consumers = groups <= processors ? 1 : Tile::consumers;
-    const std::int64_t blocks = std::min<std::int64_t>(processors, (groups - 1) / consumers + 1);
-    losses = blocks * kernel::finishing_warps;
-    detail::launch(search, static_cast<unsigned>(blocks), static_cast<unsigned>(shared::threads(consumers)), stream,
-                   shared::allocated, args, scratch.image, tally, consumers, kernel::tag_mask);
+    losses = groups <= few_waves * processors
+                 ? quantize_sm90_few<Tile>(args, tally, scratch, exact, groups, processors, stream)
+                 : quantize_sm90_many<Tile>(args, tally, scratch, exact, groups, processors, stream);
     return true;
 }
 
-/// Launches the search; returns how many partial losses it leaves in `tally`.
+/// Launches the search; returns how many partial losses it leaves in `tally`. Not `exact`: a path that has a faster
+/// way may take it.
 template <std::size_t D, class X, class C>
 std::int64_t quantize(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                      const search_scratch& scratch, cudaStream_t stream) {
+                      const search_scratch& scratch, bool exact, cudaStream_t stream) {
     if (args.x.rows == 0) return 0;
     std::int64_t losses = 0;
     bool launched = false;
     if (args.codebook.rows < kernel::row_results::most_codes)
         with_sm90_tile<D>(args.x.columns, [&](auto tile) {
-            launched = quantize_sm90<decltype(tile)>(args, tally, scratch, losses, stream);
+            launched = quantize_sm90<decltype(tile)>(args, tally, scratch, exact, losses, stream);
         });
     if (launched) return losses;
     const unsigned blocks = detail::blocks_for(args.x.rows, simt_tile::rows, most_search_blocks);
     detail::launch(kernel::quantize<simt_tile, D, X, C>, blocks, simt_tile::threads, stream, 0, args, tally);
-    return blocks;
+    return std::int64_t{blocks} * (simt_tile::threads / 32);
 }
 
 }  // namespace cuvq::dispatch

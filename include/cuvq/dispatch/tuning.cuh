@@ -15,8 +15,8 @@ struct simt_tile {
     static constexpr int depth = 16;
 };
 
-/// `kernel/quantize_sm90.cuh`: operands of `steps` times 16 columns (D + 3 of them in use), up to `consumers`
-/// warpgroups of 64 rows, each with `row_buffers` operands of rows, and `stages` tiles of 128 codes in flight.
+/// `kernel/quantize_sm90.cuh`: operands of `steps` times 16 columns (D + 3 of them in use), `consumers` warpgroups of
+/// 64 rows, `row_buffers` operands of 64 rows, and `stages` tiles of 128 codes in flight.
 template <int Steps, int Consumers, int RowBuffers, int Stages>
 struct sm90_tile {
     static constexpr int steps = Steps;
@@ -25,10 +25,16 @@ struct sm90_tile {
     static constexpr int stages = Stages;
     static constexpr int dimensions = 16 * Steps - 3;  // at most
 };
-using sm90_d13 = sm90_tile<1, 2, 2, 8>;
-using sm90_d77 = sm90_tile<5, 2, 2, 6>;
-using sm90_d141 = sm90_tile<9, 2, 2, 4>;
-using sm90_d269 = sm90_tile<17, 2, 1, 2>;
+using sm90_d13 = sm90_tile<1, 3, 6, 8>;
+using sm90_d77 = sm90_tile<5, 3, 6, 5>;
+using sm90_d141 = sm90_tile<9, 3, 5, 3>;
+using sm90_d269 = sm90_tile<17, 2, 2, 2>;
+
+/// Up to so many groups of 64 rows per processor, `kernel/quantize_sm90_few.cuh` is the faster one.
+inline constexpr int few_waves = 1;
+
+/// From this many tiles of codes on, a tile is looked at closely only where its largest scores could still win.
+inline constexpr int skip_tiles = 24;
 
 /// `kernel/accumulate.cuh`: a warp sums `columns` columns of a run of sorted rows.
 struct sum_tile {

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 #include <cub/block/block_reduce.cuh>
 
+#include <cuvq/arch/dependent.cuh>
 #include <cuvq/arch/wgmma_sm90.cuh>
 #include <cuvq/views.hpp>
 
@@ -58,6 +59,7 @@ __global__ __launch_bounds__(Threads) void prepare(matrix_ref<const C> codebook,
     const auto sample = [&](int i, int d) { return static_cast<float>(codebook.data[i * stride + d]); };
 
     const float share = 1.0f / static_cast<float>(samples);
+    arch::let_next_kernel_start();
     double square = 0;
     for (int d = threadIdx.x; d < columns; d += Threads) {
         float v[centre_rows], mean = 0;

@@ -1,0 +1,188 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// What a warpgroup makes of the scores of its 64 rows, tile after tile: the codes that could win.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include <cuvq/arch/wgmma_sm90.cuh>
+#include <cuvq/device/certificate.cuh>
+#include <cuvq/kernel/prepare.cuh>
+
+namespace cuvq::kernel {
+
+/// What the filter leaves of one warpgroup's 64 rows.
+struct row_results {
+    static constexpr int rows = 64, words = 8;
+    // A word is a code, or
+    static constexpr int group = 1 << 30;          // group | tile << 2 | q: codes of that tile held by thread q of 4
+    static constexpr int column = 1 << 29;         // column | q: codes of all tiles held by thread q
+    static constexpr int everything = 0x7FFFFFFF;  // the whole codebook
+    static constexpr std::int64_t most_codes = 1 << 29;
+
+    int best[rows];         // the largest tagged score
+    int code[rows];         // the code, or -1 - n: open, to be settled from n words
+    int word[rows][words];  // candidates of an open row
+};
+
+/// Clears the bits of a score that its tag takes: its place among the 32 that a thread holds of a row and tile.
+inline constexpr int tag_mask = ~(image_tile / 4 - 1);
+
+#if CUVQ_HAS_WGMMA
+
+/// The place of a tagged score among the 32 that a thread holds of a row and tile. Tags descend, so that of equal
+/// scores the first is the largest.
+__device__ inline int place_of(int tagged_score) { return ~tagged_score & ~tag_mask; }
+
+/// The float bits of a score with a tag in the low bits: still ordered, as integers, among positive scores.
+__device__ inline int tagged(float score, int mask, int tag) {
+    int r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(__float_as_int(score)), "r"(mask), "r"(tag));  // (a & b) | c
+    return r;
+}
+
+/// The two best tiles of one row's columns in one thread, and the best of all that was dropped.
+struct leaders {
+    static constexpr int least = -0x7FFFFFFF;
+    int best = least, best_runner = least, best_tile = 0;
+    int next = least, next_runner = least, next_tile = 0;
+    int rest = least;
+
+    /// A tile's largest score only: for the best alone. Of equal scores the first stays, whatever their tags.
+    __device__ void lead(int score, int tile) {
+        const bool leads = score > (best | ~tag_mask);
+        best = leads ? score : best;
+        best_tile = leads ? tile : best_tile;
+    }
+
+    /// A tile's largest score and its second largest.
+    __device__ void offer(int score, int runner, int tile) {
+        const bool leads = score > best;
+        const int second = min(score, best), second_runner = leads ? best_runner : runner;
+        const int second_tile = leads ? best_tile : tile;
+        best = max(score, best);
+        best_runner = leads ? runner : best_runner;
+        best_tile = leads ? tile : best_tile;
+        const bool follows = second > next;
+        rest = max(rest, min(second, next));
+        next = max(second, next);
+        next_runner = follows ? second_runner : next_runner;
+        next_tile = follows ? second_tile : next_tile;
+    }
+};
+
+/// The least tagged score that a row's nearest code can have when `best` is the largest; the least
+/// integer where none can be told: not above 0, where integers do not order scores, or NaN. Never falls while `best`
+/// rises.
+__device__ inline int least_candidate(int best, float error) {
+    // A tag moved the two scores by up to 32 units in the last place each.
+    const float score = __int_as_float(best), limit = score - 2.0002f * error - 0x1.2p-17f * score;
+    return limit > 0.0f ? __float_as_int(limit) : leaders::least;
+}
+
+/// The largest of a thread's scores of one of its two rows.
+__device__ inline int largest(const float (&score)[64], int half) {
+    int top[2] = {leaders::least, leaders::least};
+#pragma unroll
+    for (int j = 0; j < 64; j += 8) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            top[i] = __vimax3_s32(top[i], __float_as_int(score[j + 4 * i + 2 * half]),
+                                  __float_as_int(score[j + 4 * i + 2 * half + 1]));
+    }
+    return max(top[0], top[1]);
+}
+
+/// Largest of the four threads of a row.
+__device__ inline int row_largest(int v) {
+    v = max(v, __shfl_xor_sync(0xFFFFFFFFu, v, 1));
+    return max(v, __shfl_xor_sync(0xFFFFFFFFu, v, 2));
+}
+
+/// Offers the scores of a tile to the leaders of a thread's two rows. Not `exact`: without the runners-up.
+__device__ inline void offer_tile(const float (&score)[64], int tile, int mask, bool exact, leaders& lead0,
+                                  leaders& lead1) {
+    int s[64];  // (16 pairs of codes, 2 rows, 2)
+#pragma unroll
+    for (int i = 0; i < 64; ++i) s[i] = tagged(score[i], mask, 31 - (i / 4 * 2 + i % 2));
+    int top0 = max(s[0], s[1]), top1 = max(s[2], s[3]);
+#pragma unroll
+    for (int j = 4; j < 64; j += 4) {
+        top0 = __vimax3_s32(top0, s[j], s[j + 1]);
+        top1 = __vimax3_s32(top1, s[j + 2], s[j + 3]);
+    }
+    if (!exact) {
+        lead0.lead(top0, tile);
+        lead1.lead(top1, tile);
+        return;
+    }
+    // The second largest: as unsigned, s - top is 0 for the largest and wraps to the larger, the closer.
+    const unsigned from0 = 0u - static_cast<unsigned>(top0), from1 = 0u - static_cast<unsigned>(top1);
+    unsigned near0 = 0, near1 = 0, near2 = 0, near3 = 0;
+#pragma unroll
+    for (int j = 0; j < 64; j += 4) {
+        near0 = __viaddmax_u32(static_cast<unsigned>(s[j]), from0, near0);
+        near1 = __viaddmax_u32(static_cast<unsigned>(s[j + 1]), from0, near1);
+        near2 = __viaddmax_u32(static_cast<unsigned>(s[j + 2]), from1, near2);
+        near3 = __viaddmax_u32(static_cast<unsigned>(s[j + 3]), from1, near3);
+    }
+    lead0.offer(top0, static_cast<int>(max(near0, near1) + static_cast<unsigned>(top0)), tile);
+    lead1.offer(top1, static_cast<int>(max(near2, near3) + static_cast<unsigned>(top1)), tile);
+}
+
+/// Turns what the four threads of a row saw into a code, or into words for the finishing warps. All four call it.
+__device__ inline void conclude(const leaders& mine, float error, bool exact, row_results& results, int row) {
+    const int q = static_cast<int>(threadIdx.x) % 4;
+    const auto code_of = [&](int tagged_score, int tile) {
+        const int at = place_of(tagged_score);
+        return tile * image_tile + (at >> 1) * 8 + 2 * q + (at & 1);
+    };
+    const int best = row_largest(mine.best);
+    if (q == 0) results.best[row] = best;
+    if (!exact) {
+        const int top = best & tag_mask;
+        int code = (mine.best & tag_mask) == top ? code_of(mine.best, mine.best_tile) : 0x7FFFFFFF;
+        code = min(code, __shfl_xor_sync(0xFFFFFFFFu, code, 1));
+        code = min(code, __shfl_xor_sync(0xFFFFFFFFu, code, 2));
+        const bool ordered = top > 0 && error == error;  // integers order positive scores only
+        if (q == 0) {
+            results.code[row] = ordered ? code : -2;
+            if (!ordered) results.word[row][0] = row_results::everything;
+        }
+        return;
+    }
+    const int limit = least_candidate(best, error), least = max(limit, 1);
+    const bool decided = limit > 0;
+    const auto group_of = [&](int tile) { return row_results::group | tile << 2 | q; };
+    const bool sole = mine.best >= least && max(max(mine.best_runner, mine.next), mine.rest) < least;
+    int words = mine.best < least ? 0 : sole ? 1 : 1 + (mine.next >= least);
+    if (mine.rest >= least) words = 1;
+    const int from1 = __shfl_xor_sync(0xFFFFFFFFu, words, 1), pair = words + from1;
+    const int from2 = __shfl_xor_sync(0xFFFFFFFFu, pair, 2), total = pair + from2;
+    const unsigned quad = 0xFu << (threadIdx.x & 28u);
+    const bool lone = __popc(__ballot_sync(0xFFFFFFFFu, sole || words == 0) & quad) == 4 && total == 1;
+    if (decided && lone) {
+        if (sole) results.code[row] = code_of(mine.best, mine.best_tile);
+        return;
+    }
+    const bool fits = decided && total <= row_results::words;
+    if (q == 0) results.code[row] = fits ? -1 - total : -2;
+    if (!fits) {
+        if (q == 0) results.word[row][0] = row_results::everything;
+        return;
+    }
+    int* word = results.word[row] + (q & 1 ? from1 : 0) + (q & 2 ? from2 : 0);
+    if (mine.rest >= least) {
+        word[0] = row_results::column | q;
+    } else if (words > 0) {
+        word[0] = mine.best_runner >= least ? group_of(mine.best_tile) : code_of(mine.best, mine.best_tile);
+        if (mine.next >= least)
+            word[1] = mine.next_runner >= least ? group_of(mine.next_tile) : code_of(mine.next, mine.next_tile);
+    }
+}
+
+#endif  // CUVQ_HAS_WGMMA
+
+}  // namespace cuvq::kernel

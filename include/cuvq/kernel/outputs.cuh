@@ -1,0 +1,188 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// What a search writes once the codes are known: codes, quantized rows, distances, and tallies for step_stats.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cuvq/arch/dependent.cuh>
+#include <cuvq/detail/validate.hpp>
+#include <cuvq/device/certificate.cuh>
+#include <cuvq/views.hpp>
+
+namespace cuvq::kernel {
+
+/// What a search tallies for step_stats on the way; all null when nobody asked.
+struct search_tally {
+    double* loss = nullptr;                      // [parts] sums of squared distances
+    unsigned long long* histogram = nullptr;     // [K] rows of each code
+    unsigned long long* rows_without = nullptr;  // [1] rows without a code
+};
+
+/// Stands for the code of a row that somebody else finishes.
+inline constexpr std::int64_t code_aside = -2;
+
+/// Writes four elements in one store that does not linger in the cache.
+template <class T>
+__device__ void store4(T* to, const float4& v) {
+    if constexpr (sizeof(T) == 4) {
+        __stcs(reinterpret_cast<float4*>(to), v);
+    } else {
+        uint2 raw;
+        T* out = reinterpret_cast<T*>(&raw);
+        out[0] = static_cast<T>(v.x);
+        out[1] = static_cast<T>(v.y);
+        out[2] = static_cast<T>(v.z);
+        out[3] = static_cast<T>(v.w);
+        __stcs(reinterpret_cast<uint2*>(to), raw);
+    }
+}
+
+template <class T>
+__device__ bool has_aligned_rows(const matrix_ref<T>& m) {
+    return device::is_aligned4(m.data) && m.stride % 4 == 0;
+}
+
+/// Whether there is anything to write beside codes.
+template <class X, class C>
+CUVQ_HOST_DEVICE bool wants_rows(const detail::quantize_args<X, C>& a, const search_tally& tally) {
+    return a.quantized || a.distances || tally.loss != nullptr;
+}
+
+/// The codes of `count` <= 32 rows from `first` on, by a warp; lane r holds that of row r, -1 if it has none, or
+/// `code_aside`.
+template <class X, class C>
+__device__ void write_codes(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t first,
+                            int count, std::int64_t code) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane < count && code != code_aside) {
+        a.codes.store(first + lane, code);
+        if (tally.histogram && code >= 0) atomicAdd(tally.histogram + code, 1ull);
+        if (tally.rows_without && code < 0) atomicAdd(tally.rows_without, 1ull);
+    }
+}
+
+/// Quantized rows and distances of `count` <= 32 rows from `first` on, by a warp; lane r holds the code of row r, -1 if
+/// it has none. Each lane adds distances of rows onto its `loss`, always the same ones.
+template <class X, class C>
+__device__ void write_rows(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t first,
+                           int count, std::int64_t code, double& loss) {
+    if (!wants_rows(a, tally)) return;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const bool wants_distance = a.distances || tally.loss != nullptr;
+    const std::int64_t columns = a.x.columns;
+    const bool aligned = columns % 4 == 0 && has_aligned_rows(a.x) && has_aligned_rows(a.codebook) &&
+                         (!a.quantized || has_aligned_rows(a.quantized));
+    int lanes = 32;  // that share a row, four columns at a time
+    while (lanes > 1 && 2 * lanes >= columns) lanes /= 2;
+    constexpr int batch = 4;  // rows in flight
+    const int rows = 32 / lanes, start = lane / lanes, column = 4 * (lane % lanes);
+    const float nan = __int_as_float(0x7FC00000);
+    for (int base = 0; base < count; base += batch * rows) {
+        std::int64_t k[batch];
+        bool beyond[batch];
+        const X* row[batch];
+        float sums[batch][4] = {};
+#pragma unroll
+        for (int b = 0; b < batch; ++b) {
+            const int r = base + b * rows + start;
+            k[b] = __shfl_sync(0xFFFFFFFFu, code, r & 31);
+            beyond[b] = r >= count;
+            if (beyond[b]) k[b] = -1;
+            row[b] = a.x.row(first + (r < count ? r : 0));
+        }
+        for (std::int64_t d = column; d < columns; d += 4 * lanes) {
+            float4 x[batch], c[batch];
+#pragma unroll
+            for (int b = 0; b < batch; ++b) {
+                x[b] = {0, 0, 0, 0};
+                c[b] = {nan, nan, nan, nan};
+                if (k[b] < 0) continue;
+                const C* from = a.codebook.row(k[b]);
+                if (wants_distance) x[b] = aligned ? device::load4(row[b] + d) : device::load4(row[b], d, columns);
+                c[b] = aligned ? device::load4(from + d) : device::load4(from, d, columns);
+            }
+#pragma unroll
+            for (int b = 0; b < batch; ++b) {
+                const float4 e{x[b].x - c[b].x, x[b].y - c[b].y, x[b].z - c[b].z, x[b].w - c[b].w};
+                sums[b][0] = fmaf(e.x, e.x, sums[b][0]);
+                sums[b][1] = fmaf(e.y, e.y, sums[b][1]);
+                sums[b][2] = fmaf(e.z, e.z, sums[b][2]);
+                sums[b][3] = fmaf(e.w, e.w, sums[b][3]);
+                if (!a.quantized || beyond[b]) continue;
+                X* to = a.quantized.row(first + base + b * rows + start) + d;
+                if (aligned) {
+                    store4(to, c[b]);
+                } else {
+                    const float v[4] = {c[b].x, c[b].y, c[b].z, c[b].w};
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (d + i < columns) to[i] = static_cast<X>(v[i]);
+                }
+            }
+        }
+        if (!wants_distance) continue;
+#pragma unroll
+        for (int b = 0; b < batch; ++b) {
+            float sum = (sums[b][0] + sums[b][1]) + (sums[b][2] + sums[b][3]);
+            for (int step = 1; step < lanes; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+            double distance = k[b] < 0 ? nan : sum;
+            // In float each lane's sums add up at most D / 128 squares: good to the promised error within these limits.
+            const bool doubtful = k[b] >= 0 && !(sum >= 0x1p-80f && sum <= 0x1p126f && columns <= 4096);
+            for (unsigned again = __ballot_sync(0xFFFFFFFFu, doubtful && column == 0); again != 0; again &= again - 1) {
+                const int owner = __ffs(again) - 1, r = base + b * rows + owner / lanes;
+                const std::int64_t code_of_r = __shfl_sync(0xFFFFFFFFu, code, r);
+                const double exact = device::exact_distance(a.x.row(first + r), a.codebook.row(code_of_r), columns);
+                if (lane == owner) distance = exact;
+            }
+            if (column == 0 && !beyond[b]) {
+                if (a.distances) a.distances[first + base + b * rows + start] = static_cast<float>(distance);
+                if (tally.loss && k[b] >= 0) loss += distance;
+            }
+        }
+    }
+    __syncwarp();
+}
+
+/// Adds up the losses of a warp's lanes into `to`.
+__device__ inline void write_loss(double* to, double loss) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) loss += __shfl_xor_sync(0xFFFFFFFFu, loss, step);
+    if (threadIdx.x % 32 == 0) *to = loss;
+}
+
+inline constexpr int outputs_threads = 256;
+
+/// Quantized rows and distances, from codes that are there already. Leaves a partial loss per warp.
+template <class X, class C>
+__global__ __launch_bounds__(outputs_threads) void write_outputs(const __grid_constant__ detail::quantize_args<X, C> a,
+                                                                 const __grid_constant__ search_tally tally) {
+    arch::await_previous_kernel();
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const std::int64_t warp = (std::int64_t{blockIdx.x} * outputs_threads + threadIdx.x) / 32;
+    constexpr int rows = 8;  // of a warp at a time
+    double loss = 0;
+    for (std::int64_t first = warp * rows; first < a.x.rows;
+         first += std::int64_t{gridDim.x} * (outputs_threads / 32) * rows) {
+        const int count = static_cast<int>(min(a.x.rows - first, std::int64_t{rows}));
+        std::int64_t code = lane < count ? a.codes.load(first + lane) : -1;
+        if (code >= a.codebook.rows) code = -1;  // an unsigned type's mark of a row without a code
+        // Where that mark is a code as well, the rows themselves tell: neither has a row of x that is not finite a
+        // code, nor is such a row of the codebook one.
+        for (unsigned doubtful = __ballot_sync(0xFFFFFFFFu, a.codes.is_mark(code)); doubtful != 0;
+             doubtful &= doubtful - 1) {
+            const int r = __ffs(doubtful) - 1;
+            const std::int64_t k = __shfl_sync(0xFFFFFFFFu, code, r);
+            const bool sound = device::is_row_finite(a.x.row(first + r), a.x.columns) &&
+                               device::is_row_finite(a.codebook.row(k), a.x.columns);
+            if (lane == r && !sound) code = -1;
+        }
+        write_rows(a, tally, first, count, code, loss);
+    }
+    if (tally.loss) write_loss(tally.loss + warp, loss);
+}
+
+}  // namespace cuvq::kernel

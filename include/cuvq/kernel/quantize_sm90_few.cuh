@@ -1,0 +1,261 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// The search of few rows on Hopper, in one launch and made for latency: a cluster of blocks shares 64 rows, each of its
+// warpgroups scores them against its own tiles of codes, and every warp of the cluster then finishes some of the rows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <cuda/ptx>
+
+#include <cuvq/arch/dependent.cuh>
+#include <cuvq/arch/wgmma_sm90.cuh>
+#include <cuvq/detail/validate.hpp>
+#include <cuvq/device/certificate.cuh>
+#include <cuvq/kernel/filter_sm90.cuh>
+#include <cuvq/kernel/outputs.cuh>
+#include <cuvq/kernel/prepare.cuh>
+#include <cuvq/kernel/rows_sm90.cuh>
+#include <cuvq/kernel/settle.cuh>
+#include <cuvq/views.hpp>
+
+namespace cuvq::kernel {
+
+/// Warpgroups and warps of a block, and the most blocks of a cluster.
+inline constexpr int few_groups = 4, few_warps = 4 * few_groups, few_threads = 32 * few_warps, few_blocks = 8;
+
+/// Shared memory of the kernel, by offsets.
+template <class Tile>
+struct few_shared {
+    using layout = arch::wgmma_layout<Tile::steps>;
+    static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(row_results::rows);
+    static constexpr int rows = Tile::stages * code_bytes;
+    static constexpr int errors = rows + row_bytes;
+    static constexpr int results = errors + row_results::rows * 4;
+    static constexpr int centre = results + few_groups * static_cast<int>(sizeof(row_results));
+    static constexpr int bounds = centre + 64 * Tile::steps;
+    static constexpr int barriers = bounds + static_cast<int>(sizeof(device::score_bounds));
+    static constexpr int wide = barriers + 8 * Tile::stages;  // rows that the whole block is to settle
+    static constexpr int bytes = wide + row_results::rows * 4;
+    static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
+};
+
+#if CUVQ_HAS_WGMMA
+
+/// The same place in the shared memory of block `rank` of the cluster.
+template <class T>
+__device__ const T* of_block(const T* local, unsigned rank) {
+    std::uint64_t at;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(local), "r"(rank));
+    return reinterpret_cast<const T*>(at);
+}
+
+/// Row `row` of the 64, from what the warpgroups of the cluster made of it: its exact code; or `code_aside` where only
+/// the whole block should look. Whole warp.
+template <class X, class C>
+__device__ std::int64_t settle_few(const row_results* results, unsigned blocks, int row, float error, bool exact,
+                                   const X* x, const matrix_ref<const C>& codebook, std::int64_t columns) {
+    const unsigned lane = threadIdx.x % 32;
+    const bool part = lane < few_groups * blocks;  // a lane per warpgroup
+    const row_results* result = of_block(results + lane % few_groups, part ? lane / few_groups : 0);
+    const int mine = part ? result->best[row] : leaders::least, code = result->code[row];
+    const int best = __reduce_max_sync(0xFFFFFFFFu, mine);
+    if (!exact) {
+        const int top = best & tag_mask;
+        if (!(top > 0 && error == error)) return code_aside;  // integers order positive scores only
+        return __reduce_min_sync(0xFFFFFFFFu, part && (mine & tag_mask) == top ? code : 0x7FFFFFFF);
+    }
+    const int least = least_candidate(best, error);
+    if (least <= 0) return code_aside;
+    unsigned live = __ballot_sync(0xFFFFFFFFu, part && mine >= least);
+    if (__popc(live) == 1) {
+        const int sole = __shfl_sync(0xFFFFFFFFu, code, __ffs(live) - 1);
+        if (sole >= 0) return sole;
+    }
+    bool wide = false;
+    if (live >> lane & 1)
+        for (int i = 0; i < -1 - code; ++i)
+            wide = wide || result->word[row][i] == row_results::everything ||
+                   (result->word[row][i] & row_results::column) != 0;
+    if (__any_sync(0xFFFFFFFFu, wide)) return code_aside;
+    device::exact_choice choice;
+    const int group = static_cast<int>(lane) / 8;
+    // Sole codes of warpgroups first, a group of eight lanes each; then whatever else there is, one after the other.
+    unsigned sole = __ballot_sync(0xFFFFFFFFu, (live >> lane & 1) && code >= 0);
+    for (unsigned left = sole; left != 0;) {
+        unsigned own = left;
+        for (int i = 0; i < group && own != 0; ++i) own &= own - 1;
+        if (own == 0) own = left;  // another look at the first
+        const int k = __shfl_sync(0xFFFFFFFFu, code, __ffs(own) - 1);
+        choice.consider(device::exact_distance(x, codebook.row(k), columns), k);
+        for (int i = 0; i < 4 && left != 0; ++i) left &= left - 1;
+    }
+    for (unsigned left = live & ~sole; left != 0; left &= left - 1) {
+        const unsigned from = __ffs(left) - 1;
+        const int words = -1 - __shfl_sync(0xFFFFFFFFu, code, from);
+        const row_results* named = of_block(results + from % few_groups, from / few_groups);
+        consider_words(choice, named->word[row], words, x, codebook, columns, group, 4);
+    }
+    merge_warp(choice);
+    return choice.code;
+}
+
+#endif  // CUVQ_HAS_WGMMA
+
+/// Codes, quantized rows and distances of all rows of x, 64 by each cluster; leaves a partial loss per warp. `mask` is
+/// `tag_mask` (a parameter, so that clearing and tagging are one instruction).
+template <class Tile, class X, class C>
+__global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
+                             1) void quantize_sm90_few(const __grid_constant__ detail::quantize_args<X, C> a,
+                                                       const __grid_constant__ codebook_image image,
+                                                       const __grid_constant__ search_tally tally, unsigned blocks,
+                                                       bool exact, int mask) {
+#if CUVQ_HAS_WGMMA
+    namespace ptx = cuda::ptx;
+    using shared = few_shared<Tile>;
+    using split = row_split<Tile::steps>;
+    extern __shared__ char dynamic_shared[];
+    char* base = dynamic_shared + ((1024 - (arch::shared_address(dynamic_shared) & 1023)) & 1023);
+    char* codes = base;                                                      // (stages, 128 codes, steps * 16)
+    char* rows = base + shared::rows;                                        // (64 rows, steps * 16)
+    auto* errors = reinterpret_cast<float*>(base + shared::errors);          // (64)
+    auto* results = reinterpret_cast<row_results*>(base + shared::results);  // (few_groups)
+    auto* centre = reinterpret_cast<float*>(base + shared::centre);
+    auto* bounds = reinterpret_cast<int*>(base + shared::bounds);
+    auto* full = arch::kept(reinterpret_cast<std::uint64_t*>(base + shared::barriers));  // (stages)
+    auto* wide = reinterpret_cast<int*>(base + shared::wide);                            // (64)
+
+    const int group = static_cast<int>(threadIdx.x) / 128, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const unsigned rank = blockIdx.x % blocks;
+    const std::int64_t first = std::int64_t{blockIdx.x / blocks} * row_results::rows;
+    const int columns = static_cast<int>(a.x.columns);
+    const int tiles = static_cast<int>((a.codebook.rows - 1) / image_tile + 1);
+    // The block's j-th tile: its warpgroups take them in turn.
+    const auto tile_of = [&](int j) {
+        return (j / few_groups) * static_cast<int>(blocks) * few_groups + static_cast<int>(rank) * few_groups +
+               j % few_groups;
+    };
+    const auto fetch = [&](int j) {
+        if (tile_of(j) >= tiles) return;
+        const int stage = j % Tile::stages;
+        ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full + stage,
+                                       shared::code_bytes);
+        ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, codes + stage * shared::code_bytes,
+                           image.rows + std::int64_t{tile_of(j)} * shared::code_bytes, shared::code_bytes,
+                           full + stage);
+    };
+    arch::let_next_kernel_start();
+    if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
+    if (threadIdx.x < row_results::rows) wide[threadIdx.x] = 0;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Tile::stages; ++i) ptx::mbarrier_init(full + i, 1);
+        ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+    }
+    arch::await_previous_kernel();
+    if (threadIdx.x == 0)
+        for (int j = 0; j < Tile::stages; ++j) fetch(j);
+
+    // Rows: a warp converts as many as it can at once; their loads are under way while the codebook's bounds come in.
+    constexpr int data_parts = (Tile::steps - 1) * 4 / split::lanes, held = data_parts > 0 ? data_parts : 1;
+    const bool whole =
+        Tile::steps > 1 && columns == 16 * (Tile::steps - 1) && device::is_aligned4(a.x.data) && a.x.stride % 4 == 0;
+    const bool converts = warp < row_results::rows / split::rows;
+    const int row = warp * split::rows + lane / split::lanes;
+    const bool inside = first + row < a.x.rows;
+    const X* x = a.x.row(inside ? first + row : 0);
+    float4 v[held];
+    if (converts && whole) {
+#pragma unroll
+        for (int s = 0; s < data_parts; ++s) v[s] = device::load4(x + split::column(s));
+    }
+    __syncthreads();
+    load_centre(image, columns, 16 * Tile::steps, centre);
+    load_bounds(image, tiles, bounds);
+    const float scale = *image.scale;
+    __syncthreads();
+    if (converts) {
+        row_image<Tile::steps> operand{rows, row};
+        float factor = 1.0f;
+        if (whole) {
+#pragma unroll
+            for (int s = 0; s < data_parts; ++s)
+                operand.add(v[s], scale, *reinterpret_cast<const float4*>(centre + split::column(s)), s);
+            operand.close_after(factor, columns, data_parts);
+        }
+        if (!whole || __any_sync(0xFFFFFFFFu, !(split::row_sum(operand.square) < 0x1p26f)))
+            factor = operand.convert(x, inside, columns, centre, scale);
+        const float error = operand.error(factor, as_bounds(bounds));
+        if (split::lane() == 0) errors[row] = error;
+        ptx::fence_proxy_async(ptx::space_shared);
+    }
+    __syncthreads();
+
+    const std::uint32_t row_operand = arch::uniform(arch::kept(arch::operand(rows)));
+    const std::uint32_t code_operands = arch::kept(arch::operand(codes));
+    leaders lead0, lead1;
+    for (int j = group; tile_of(j) < tiles; j += few_groups) {
+        float score[64];  // (16 pairs of codes, 2 rows, 2)
+        const int stage = j % Tile::stages;
+        while (!ptx::mbarrier_try_wait_parity(full + stage, j / Tile::stages & 1)) {
+        }
+        __syncwarp();
+        arch::wgmma_fence();
+        arch::wgmma_scores<Tile::steps>(score, row_operand,
+                                        arch::uniform(code_operands + stage * (shared::code_bytes >> 4)));
+        arch::wgmma_commit();
+        arch::wgmma_wait();
+        if (tile_of(j + Tile::stages) < tiles) {  // once all four warps are done with it, the stage is free
+            asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+            if (threadIdx.x % 128 == 0) fetch(j + Tile::stages);
+        }
+        offer_tile(score, tile_of(j), mask, exact, lead0, lead1);
+    }
+    const int row0 = warp % 4 * 16 + lane / 4;
+    conclude(lead0, errors[row0], exact, results[group], row0);
+    conclude(lead1, errors[row0 + 8], exact, results[group], row0 + 8);
+    ptx::barrier_cluster_arrive(ptx::sem_release);
+    ptx::barrier_cluster_wait(ptx::sem_acquire);
+
+    // This block's share of the rows, and each warp's share of those.
+    const int block_rows = row_results::rows / static_cast<int>(blocks), share = (block_rows - 1) / few_warps + 1;
+    const int start = static_cast<int>(rank) * block_rows + warp * share;
+    const std::int64_t left = a.x.rows - first - start;
+    const int count = warp * share < block_rows ? static_cast<int>(min(left > 0 ? left : 0, std::int64_t{share})) : 0;
+    std::int64_t code = code_aside;
+    for (int r = 0; r < count; ++r) {
+        const std::int64_t found = settle_few(results, blocks, start + r, errors[start + r], exact,
+                                              a.x.row(first + start + r), a.codebook, a.x.columns);
+        if (lane == r) code = found;
+    }
+    if (lane < count && code == code_aside) wide[start + lane] = 1;
+    const bool any_wide = __syncthreads_or(lane < count && code == code_aside);
+    ptx::barrier_cluster_arrive(ptx::sem_release);  // nobody reads this block's results after all have come here
+    if (any_wide) {
+        __shared__ double distances[few_warps];
+        __shared__ std::int64_t found[few_warps];
+        const int everything = row_results::everything;
+        for (int r = 0; r < row_results::rows; ++r) {
+            if (!wide[r]) continue;
+            device::exact_choice choice;
+            consider_words(choice, &everything, 1, a.x.row(first + r), a.codebook, a.x.columns,
+                           static_cast<int>(threadIdx.x) / 8, few_threads / 8);
+            merge_block(choice, distances, found);
+            if (threadIdx.x == 0) found[0] = choice.code;
+            __syncthreads();
+            if (start <= r && r < start + count && lane == r - start) code = found[0];
+            __syncthreads();
+        }
+    }
+    double loss = 0;
+    write_codes(a, tally, first + start, count, code);
+    write_rows(a, tally, first + start, count, code, loss);
+    if (tally.loss) write_loss(tally.loss + std::int64_t{blockIdx.x} * few_warps + warp, loss);
+    ptx::barrier_cluster_wait(ptx::sem_acquire);
+#endif  // CUVQ_HAS_WGMMA
+}
+
+}  // namespace cuvq::kernel

@@ -1,0 +1,52 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include <cuvq/detail/launch.cuh>
+#include <cuvq/detail/validate.hpp>
+#include <cuvq/dispatch/quantize.cuh>
+#include <cuvq/views.hpp>
+#include <cuvq/workspace.hpp>
+
+namespace cuvq {
+
+/// Bytes of device memory that a `prepared_codebook` of K codes in D dimensions takes: 32, 160, 288 or 544 bytes per
+/// code for D up to 13, 77, 141 or 269.
+/// @throws std::invalid_argument if K < 1 or D < 1. Pure: asks no device.
+inline std::size_t prepared_codebook_bytes(std::int64_t codes, std::int64_t dimensions) {
+    detail::check_shape("prepared_codebook_bytes", shape{0, codes, dimensions});
+    detail::carver c;
+    dispatch::take_image(c, codes, dimensions);
+    return c.bytes();
+}
+
+/// Makes of a codebook what the searches need of it, for `quantize_params::prepared`: where one codebook serves many
+/// calls, each is spared a launch.
+///
+/// @param codebook [K x D] device memory; float, __half or __nv_bfloat16; K, D >= 1. Rows may be strided.
+/// @param prepared out; `prepared_codebook_bytes` of device memory. Good for a codebook of these values, K and D in
+///                 the same element type, with any x.
+/// @param stream   runs here, asynchronously, in one launch; may be captured in a graph.
+/// @throws std::invalid_argument naming the argument, before any launch: no, misaligned or too little memory for
+///         `prepared`, K = 0 or D = 0. cuvq::cuda_error if a CUDA call fails.
+/// Deterministic. O(K D).
+template <class CodebookView>
+void prepare(const CodebookView& codebook, const prepared_codebook& prepared, cudaStream_t stream = nullptr) {
+    const char* function = "prepare";
+    static_assert(detail::is_matrix<CodebookView>, "cuvq: `codebook` must be a cuvq::matrix_view");
+    const auto rows = detail::read_only(detail::to_matrix(function, "codebook", codebook));
+    detail::check_not_empty(function, "codebook", rows.rows, rows.columns);
+    const std::size_t bytes = prepared_codebook_bytes(rows.rows, rows.columns);
+    if (prepared.data == nullptr)
+        detail::bad_argument(function, "prepared", "a null pointer", std::to_string(bytes) + " bytes of device memory");
+    detail::check_prepared(function, "prepared", prepared, bytes);
+    detail::carver c(prepared.data);
+    const kernel::codebook_image image = dispatch::take_image(c, rows.rows, rows.columns);
+    dispatch::with_sm90_tile(rows.columns, [&](auto tile) { dispatch::prepare<decltype(tile)>(rows, image, stream); });
+}
+
+}  // namespace cuvq
