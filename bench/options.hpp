@@ -67,28 +67,28 @@ How
 
 A row is CASE/WHO/TYPE/NxKxD/VARIANT[/hard]. Its time is the median of samples
 between two CUDA events; a sample is a captured graph of as many launches as take
-about 1 ms (at most 100). Vectors that fit in the card's L2 cache are timed there,
-as they are right after the layer that made them; larger ones (or all, with
---cold) rotate over enough sets that none is still in L2. Memory is allocated,
-and norms and copies that a peer needs of the codebook are made, outside the
-timed part. Data are random.
+about 1 ms (at most 100). Vectors that fit in the card's L2 cache are timed
+there, as they are right after the layer that made them; larger ones (or all,
+with --cold) rotate over enough sets that none is still in L2. Memory is
+allocated, and norms and copies that a peer needs of the codebook are made,
+outside the timed part. Data are random.
 
-VARIANT: of quantize, codes (nothing else is written; the codebook is prepared in
-every call) or all (quantized rows and distances too); of accumulate and
-ema_update, how the given codes are distributed. ema_update and train_step follow
-RecTokens' rules: a code restarts from a row of the batch after 20 steps without
-one. Their state is reset before each sample, with the counts of idle steps spread
-evenly, so that each step restarts a twentieth of the idle codes.
+VARIANT: of quantize, codes (nothing else is written; the codebook is prepared
+in every call) or all (quantized rows and distances too); of accumulate and
+ema_update, how the given codes are distributed. ema_update and train_step
+follow RecTokens' rules: a code restarts from a row of the batch after 20 steps
+without one. Their state is reset before each sample, with the counts of idle
+steps spread evenly, so that each step restarts a twentieth of the idle codes.
 
 Peers: cublas_*_argmin: the matrix of scores by cuBLAS or cuBLASLt (its first
 four choices are tried), then a kernel for the argmin, a warp or a block to the
-row, in pieces that fit in L2 or whole: the fastest combination, which the row's
-label names; cublas_fp16_product: a product of that size alone, by cuBLAS, in half
-precision, written out: a floor for anyone who materializes scores;
-cublas_one_hot: sums as a product with a one-hot matrix; cub_sort_reduce: sums by
-sorting and DeviceReduce::ReduceByKey; floor/copy_x and floor/read_x: one copy,
-one read of the vectors. ceiling/...: the card's copy and its half-precision
-product of 8192x8192x8192 in this run.
+row, in pieces that fit in L2 or whole: the fastest combination that a short
+look finds, which the row's label names; cublas_fp16_product: a product of that
+size alone, by cuBLAS, in half precision, written out: a floor for anyone who
+materializes scores; cublas_one_hot: sums as a product with a one-hot matrix;
+cub_sort_reduce: sums by sorting and DeviceReduce::ReduceByKey; floor/copy_x and
+floor/read_x: one copy, one read of the vectors. ceiling/...: the card's copy
+and its half-precision product of 8192x8192x8192 in this run.
 
 Counters
   us, us_min     median and fastest sample, microseconds per call
@@ -104,8 +104,9 @@ Counters
                  an update: of cluster sizes and idle steps), of sums, and of the
                  codebook after an update
 
-What is wrong is also named in the row's label. A peer that needs more than 40 GB
-is skipped and says so. Without a GPU the rows time cuvq::reference on the CPU.
+What is wrong is also named in the row's label. A peer that needs more than
+40 GB is skipped and says so. Without a GPU the rows time cuvq::reference on the
+CPU, by the wall clock: the median of a few calls, each from the same state.
 Exit code: 0; 1 if a row of cuvq is wrong or failed; 2 for a command line that
 makes no sense, or a --benchmark_filter that matches nothing.
 )";

@@ -247,7 +247,8 @@ public:
           whole_(std::min(p.shape.vectors, rows_of(most_peer_bytes))),
           codebook_(converted<X>(p.codebook)),
           norms_(p.shape.codes),
-          scores_(whole_ * p.shape.codes) {
+          scores_((check_memory(4.0 * static_cast<double>(whole_) * static_cast<double>(p.shape.codes)),
+                   whole_ * p.shape.codes)) {
         square_norms<<<loop_blocks, loop_threads>>>(p.codebook.data(), p.shape, norms_.data());
         CUVQ_CHECK_CUDA(cudaGetLastError());
         CUVQ_CHECK_CUDA(cudaDeviceSynchronize());

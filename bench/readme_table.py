@@ -152,7 +152,7 @@ def ratio_table(rows):
             ratio(everything - codes if everything and codes else None, rows.us("floor", "copy_x", shape)),
             ratio(us("quantize", "half", own), exact),
             ratio(us("quantize", "bfloat16", own), exact),
-            ratio(us("quantize", "float", "codes/hard"), codes),
+            ratio(us("quantize", "float", own + "/hard"), exact),
             ratio(us("train_step", "float", ""), codes + 0.9 * update if codes and update else None),
             ratio(update, update_us(rows, "read_x", shape))]))
     return table("N, K, D", columns, lines) if lines else ""
