@@ -1,17 +1,21 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// Whether what was timed was right: float64 on the GPU, plain loops, nothing of cuvq in it.
+// Whether what was timed was right: float64 on the GPU, plain loops; of cuvq, only its random numbers.
 #pragma once
 
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include <cuda_runtime.h>
 
 #include <cuvq/cuda_error.cuh>
+#include <cuvq/params.hpp>
+#include <cuvq/views.hpp>
 
+#include "expected.hpp"
 #include "problem.cuh"
 #include "rows.hpp"
 
@@ -123,52 +127,84 @@ template <class X>
 __global__ void add_up(cuvq::shape s, const X* x, const std::int32_t* codes, double* counts, double* sums) {
     for (std::int64_t e = loop_first(); e < s.vectors * s.dimensions; e += loop_step()) {
         const std::int64_t i = e / s.dimensions, d = e % s.dimensions, code = codes[i];
+        if (code < 0 || code >= s.codes) continue;  // found by a broken search, which the codes show
         atomicAdd(&sums[code * s.dimensions + d], static_cast<double>(static_cast<float>(x[e])));
         if (d == 0) atomicAdd(&counts[code], 1.0);
     }
 }
 
-/// Adds up squares of what `sums` should be, and of how far it is from that: keep * start + take * (the true sums),
-/// or start for a code without rows.
-static __global__ void compare_sums(cuvq::shape s, const float* sums, const double* counts, const double* true_sums,
-                                    const float* start, double keep, double take, double* squares) {
+/// Adds up squares of what an array should be, and of how far it is from that.
+template <class T>
+__global__ void add_squares(const T* got, const double* wanted, std::int64_t size, double* squares) {
     double should = 0, off = 0;
-    for (std::int64_t e = loop_first(); e < s.codes * s.dimensions; e += loop_step()) {
-        double t = take * true_sums[e];
-        if (start) t = counts[e / s.dimensions] > 0 ? keep * start[e] + t : start[e];
-        should += t * t;
-        off += (sums[e] - t) * (sums[e] - t);
+    for (std::int64_t e = loop_first(); e < size; e += loop_step()) {
+        const double difference = static_cast<double>(got[e]) - wanted[e];
+        should += wanted[e] * wanted[e];
+        off += difference * difference;
     }
     atomicAdd(&squares[0], should);
     atomicAdd(&squares[1], off);
 }
 
-/// Judges sums of the drawn codes of input set 0.
+/// Turns counts and sums of a batch into the state that an update leaves.
+template <class X>
+__global__ void update_sums(cuvq::shape s, cuvq::ema_params params, const X* x, const float* start,
+                            const double* counts, double* sums, double* codebook, double* sizes, double* idle_steps) {
+    for (std::int64_t e = loop_first(); e < s.codes * s.dimensions; e += loop_step()) {
+        const std::int64_t k = e / s.dimensions, d = e % s.dimensions;
+        const auto wanted = update_once(params, k, d, start[e], counts[k], sums[e], x, s.vectors, s.dimensions);
+        sums[e] = wanted.sum;
+        codebook[e] = wanted.codebook;
+        sizes[k] = wanted.size;
+        idle_steps[k] = wanted.idle_steps;
+    }
+}
+
+/// Judges what is made of input set 0 and the problem's codes as they are when this is made.
 template <class X>
 class sum_oracle {
 public:
     explicit sum_oracle(const problem<X>& p)
-        : problem_(p),
-          counts_(std::vector<double>(static_cast<std::size_t>(p.shape.codes))),
-          sums_(std::vector<double>(static_cast<std::size_t>(p.codebook.size()))) {
+        : problem_(p), counts_(zeros(p.shape.codes)), sums_(zeros(p.codebook.size())) {
         add_up<<<loop_blocks, loop_threads>>>(p.shape, p.x.data(), p.codes.data(), counts_.data(), sums_.data());
         CUVQ_CHECK_CUDA(cudaGetLastError());
         CUVQ_CHECK_CUDA(cudaDeviceSynchronize());
     }
 
-    /// @param sums  [K x D] the batch's sums; or with `start`, what they were blended into: keep * start + take * sums
-    verdict judge(const float* sums, const float* start = nullptr, double keep = 0, double take = 1) const {
-        const buffer<double> squares(std::vector<double>(2));
-        compare_sums<<<128, loop_threads>>>(problem_.shape, sums, counts_.data(), sums_.data(), start, keep, take,
-                                            squares.data());
-        CUVQ_CHECK_CUDA(cudaGetLastError());
-        const auto found = squares.download();
+    verdict judge(const buffer<float>& counts, const buffer<float>& sums) const {
         verdict v;
-        v.sum_error = std::sqrt(found[1] / found[0]);
+        v.count_error = error(counts.data(), counts_);
+        v.sum_error = error(sums.data(), sums_);
+        return v;
+    }
+
+    /// @param state  an ema_memory's after one update by `params`, which are RecTokens' or like them
+    /// @param v      what is known already
+    verdict judge(const codebook_state<float>& state, const ema_params& params, verdict v = {}) const {
+        const buffer<double> sums(sums_.download()), codebook(sums_.size()), sizes(counts_.size()),
+            idle(counts_.size());
+        update_sums<<<loop_blocks, loop_threads>>>(problem_.shape, params, problem_.x.data(), problem_.codebook.data(),
+                                                   counts_.data(), sums.data(), codebook.data(), sizes.data(),
+                                                   idle.data());
+        CUVQ_CHECK_CUDA(cudaGetLastError());
+        v.count_error =
+            worse(error(state.cluster_size.data_handle(), sizes), error(state.steps_since_active.data_handle(), idle));
+        v.sum_error = error(state.embed_sum.data_handle(), sums);
+        v.codebook_error = error(state.codebook.data_handle(), codebook);
         return v;
     }
 
 private:
+    static std::vector<double> zeros(std::int64_t size) { return std::vector<double>(static_cast<std::size_t>(size)); }
+    template <class T>
+    static double error(const T* got, const buffer<double>& wanted) {
+        const buffer<double> squares(zeros(2));
+        add_squares<<<128, loop_threads>>>(got, wanted.data(), wanted.size(), squares.data());
+        CUVQ_CHECK_CUDA(cudaGetLastError());
+        const auto found = squares.download();
+        return relative_error(found[0], found[1]);
+    }
+
     const problem<X>& problem_;
     buffer<double> counts_, sums_;
 };

@@ -3,6 +3,7 @@
 // The rows that run where there is no GPU: cuvq::reference, alone.
 
 #include <algorithm>
+#include <cfloat>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -18,6 +19,7 @@
 
 #include "backends.hpp"
 #include "data.hpp"
+#include "expected.hpp"
 
 namespace cuvq::bench {
 
@@ -60,8 +62,9 @@ struct host_problem {
         }
         return sum;
     }
-    /// Of a sample of rows, those whose code is not the lowest of least distance.
-    verdict judge() const {
+    /// Of a sample of rows, those whose code is not the lowest of least distance, or whose outputs, where there are
+    /// any, do not belong to it.
+    verdict judge(const std::vector<X>& quantized = {}, const std::vector<float>& distances = {}) const {
         verdict v;
         v.compared = std::min(shape.vectors, most_sampled_rows);
         v.wrong = 0;
@@ -70,9 +73,82 @@ struct host_problem {
             std::int64_t best = 0;
             for (std::int64_t k = 1; k < shape.codes; ++k)
                 if (distance(i, k) < distance(i, best)) best = k;
-            v.wrong += codes[i] != best;
+            bool right = codes[i] == best;
+            for (std::int64_t d = 0; right && !quantized.empty() && d < shape.dimensions; ++d)
+                right =
+                    static_cast<float>(quantized[i * shape.dimensions + d]) == codebook[best * shape.dimensions + d];
+            if (right && !distances.empty()) {
+                const double least = distance(i, best);
+                const double most_off = 4e-7 * std::log2(static_cast<double>(shape.dimensions + 1)) * least + FLT_MIN;
+                right = std::abs(distances[i] - least) <= most_off;
+            }
+            v.wrong += !right;
         }
         return v;
+    }
+
+    struct batch {
+        std::vector<double> counts, sums;
+    };
+    /// Counts and sums by the codes as they are.
+    batch add_up() const {
+        batch b{std::vector<double>(static_cast<std::size_t>(shape.codes)), std::vector<double>(codebook.size())};
+        for (std::int64_t i = 0; i < shape.vectors; ++i) {
+            if (codes[i] < 0 || codes[i] >= shape.codes) continue;  // found by a broken search, which the codes show
+            b.counts[codes[i]] += 1;
+            for (std::int64_t d = 0; d < shape.dimensions; ++d)
+                b.sums[codes[i] * shape.dimensions + d] += static_cast<float>(x[i * shape.dimensions + d]);
+        }
+        return b;
+    }
+    verdict judge_sums(const std::vector<float>& counts, const std::vector<float>& sums) const {
+        const batch wanted = add_up();
+        verdict v;
+        v.count_error = error(counts.data(), wanted.counts);
+        v.sum_error = error(sums.data(), wanted.sums);
+        return v;
+    }
+    /// @param state  the one of `start` after one update
+    /// @param v      what is known already
+    verdict judge_update(const codebook_state<float>& state, const ema_params& params, verdict v = {}) const {
+        batch b = add_up();
+        std::vector<double> rows(codebook.size()), sizes(b.counts.size()), idle_steps(b.counts.size());
+        for (std::int64_t k = 0; k < shape.codes; ++k)
+            for (std::int64_t d = 0; d < shape.dimensions; ++d) {
+                const std::int64_t e = k * shape.dimensions + d;
+                const auto wanted = update_once(params, k, d, codebook[e], b.counts[k], b.sums[e], x.data(),
+                                                shape.vectors, shape.dimensions);
+                b.sums[e] = wanted.sum;
+                rows[e] = wanted.codebook;
+                sizes[k] = wanted.size;
+                idle_steps[k] = wanted.idle_steps;
+            }
+        v.count_error = worse(error(state.cluster_size.data_handle(), sizes),
+                              error(state.steps_since_active.data_handle(), idle_steps));
+        v.sum_error = error(state.embed_sum.data_handle(), b.sums);
+        v.codebook_error = error(state.codebook.data_handle(), rows);
+        return v;
+    }
+    /// Puts the state where every update that is judged starts.
+    void start(reference::codebook<float>& book, const ema_params& params) const {
+        book.init_from_rows(codebook_view(), 0, initial_statistics::one_per_code);
+        const auto state = book.state();
+        for (std::int64_t k = 0; k < shape.codes; ++k) {
+            std::copy_n(codebook.data() + k * shape.dimensions, shape.dimensions, &state.codebook(k, 0));
+            std::copy_n(codebook.data() + k * shape.dimensions, shape.dimensions, &state.embed_sum(k, 0));
+            state.steps_since_active(k) = idle_steps_at_start(k, params);
+        }
+    }
+
+    template <class T>
+    static double error(const T* got, const std::vector<double>& wanted) {
+        double should = 0, off = 0;
+        for (std::size_t e = 0; e < wanted.size(); ++e) {
+            const double difference = static_cast<double>(got[e]) - wanted[e];
+            should += wanted[e] * wanted[e];
+            off += difference * difference;
+        }
+        return relative_error(should, off);
     }
 
     cuvq::shape shape;
@@ -81,13 +157,17 @@ struct host_problem {
     std::vector<std::int32_t> codes;
 };
 
-/// Median over a few calls of body(), after one that is not counted.
-template <class Body>
-measured time_on_host(double seconds, Body&& body) {
+constexpr auto nothing = [] {};
+
+/// Median over a few calls of body(), after one that is not counted; prepare() goes before each, not timed.
+template <class Prepare, class Body>
+measured time_on_host(double seconds, Prepare&& prepare, Body&& body) {
     std::vector<double> samples;
     double total = 0;
+    prepare();
     body();
     while (samples.size() < 3 || (total < seconds * 1e6 && samples.size() < 1001)) {
+        prepare();
         const auto start = std::chrono::steady_clock::now();
         body();
         const std::chrono::duration<double, std::micro> us = std::chrono::steady_clock::now() - start;
@@ -105,6 +185,10 @@ template <class Body>
 void add(const options& o, report& r, row w, Body body) {
     w.hard = o.data == data_kind::hard;
     const auto run = [&r, w, body](benchmark::State& state) {
+        if (const auto reason = r.out_of_time(); !reason.empty()) {
+            state.SkipWithError(reason.c_str());
+            return;
+        }
         try {
             body(state, w);
         } catch (const std::exception& e) {
@@ -122,19 +206,19 @@ void add_shape(const options& o, report& r, const cuvq::shape& shape, const char
             [&o, &r](benchmark::State& state, const row& w) {
                 host_problem<X> p(w.shape, o.data);
                 const auto m = time_on_host(
-                    o.seconds, [&] { reference::quantize(p.x_view(), p.codebook_view(), p.codes_view()); });
+                    o.seconds, nothing, [&] { reference::quantize(p.x_view(), p.codebook_view(), p.codes_view()); });
                 r.write(state, w, m, quantize_work(w.shape, sizeof(X), false), p.judge());
             });
         add(o, r, {"quantize", "cuvq_reference", type, shape, "all"}, [&o, &r](benchmark::State& state, const row& w) {
             host_problem<X> p(w.shape, o.data);
             std::vector<X> quantized(p.x.size());
             std::vector<float> distances(p.codes.size());
-            const auto m = time_on_host(o.seconds, [&] {
+            const auto m = time_on_host(o.seconds, nothing, [&] {
                 reference::quantize(p.x_view(), p.codebook_view(), p.codes_view(),
                                     matrix_view<X>(quantized.data(), w.shape.vectors, w.shape.dimensions),
                                     vector_view<float>(distances.data(), w.shape.vectors));
             });
-            r.write(state, w, m, quantize_work(w.shape, sizeof(X), true), p.judge());
+            r.write(state, w, m, quantize_work(w.shape, sizeof(X), true), p.judge(quantized, distances));
         });
     }
     for (const auto& codes : o.codes) {
@@ -144,12 +228,12 @@ void add_shape(const options& o, report& r, const cuvq::shape& shape, const char
                     host_problem<X> p(w.shape, o.data);
                     p.draw(w.variant);
                     std::vector<float> counts(static_cast<std::size_t>(w.shape.codes)), sums(p.codebook.size());
-                    const auto m = time_on_host(o.seconds, [&] {
+                    const auto m = time_on_host(o.seconds, nothing, [&] {
                         reference::accumulate(p.x_view(), p.codes_view(),
                                               vector_view<float>(counts.data(), w.shape.codes),
                                               matrix_view<float>(sums.data(), w.shape.codes, w.shape.dimensions));
                     });
-                    r.write(state, w, m, accumulate_work(w.shape, sizeof(X)));
+                    r.write(state, w, m, accumulate_work(w.shape, sizeof(X)), p.judge_sums(counts, sums));
                 });
         if (o.wants("ema_update"))
             add(o, r, {"ema_update", "cuvq_reference", type, shape, codes},
@@ -157,22 +241,22 @@ void add_shape(const options& o, report& r, const cuvq::shape& shape, const char
                     host_problem<X> p(w.shape, o.data);
                     p.draw(w.variant);
                     reference::codebook<float> book(w.shape.codes, w.shape.dimensions);
-                    book.init_from_rows(p.codebook_view(), 0, initial_statistics::one_per_code);
-                    const auto m = time_on_host(o.seconds, [&] {
-                        reference::ema_update(book.state(), p.x_view(), p.codes_view(), ema_params::rectokens());
-                    });
-                    r.write(state, w, m, ema_update_work(w.shape, sizeof(X)));
+                    const auto params = ema_params::rectokens();
+                    const auto m = time_on_host(
+                        o.seconds, [&] { p.start(book, params); },
+                        [&] { reference::ema_update(book.state(), p.x_view(), p.codes_view(), params); });
+                    r.write(state, w, m, ema_update_work(w.shape, sizeof(X)), p.judge_update(book.state(), params));
                 });
     }
     if (o.wants("train_step"))
         add(o, r, {"train_step", "cuvq_reference", type, shape, ""}, [&o, &r](benchmark::State& state, const row& w) {
             host_problem<X> p(w.shape, o.data);
             reference::codebook<float> book(w.shape.codes, w.shape.dimensions);
-            book.init_from_rows(p.codebook_view(), 0, initial_statistics::one_per_code);
-            const auto m = time_on_host(o.seconds, [&] {
-                reference::train_step(book.state(), p.x_view(), p.codes_view(), discard, ema_params::rectokens());
-            });
-            r.write(state, w, m, train_step_work(w.shape, sizeof(X)));
+            const auto params = ema_params::rectokens();
+            const auto m = time_on_host(
+                o.seconds, [&] { p.start(book, params); },
+                [&] { reference::train_step(book.state(), p.x_view(), p.codes_view(), discard, params); });
+            r.write(state, w, m, train_step_work(w.shape, sizeof(X)), p.judge_update(book.state(), params, p.judge()));
         });
 }
 

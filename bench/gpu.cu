@@ -2,8 +2,12 @@
 //
 // The rows that run on the GPU: the card's ceilings; then, for each shape and type, floors, peers, cuvq.
 
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
+#include <exception>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -42,7 +46,7 @@ private:
 /// What the rows of a run share.
 class fixture {
 public:
-    fixture(const options& o, report& r) : settings(o), out(r), watch(o.seconds) {
+    fixture(const options& o, report& r) : settings(o), out(r), watch(o.seconds), glance(0.002, 1) {
         int device = 0;
         CUVQ_CHECK_CUDA(cudaGetDevice(&device));
         CUVQ_CHECK_CUDA(cudaGetDeviceProperties(&card, device));
@@ -69,7 +73,7 @@ public:
 
     const options& settings;
     report& out;
-    stopwatch watch;
+    stopwatch watch, glance;  ///< for what is reported; for a choice between ways
     cudaDeviceProp card{};
 
 private:
@@ -79,11 +83,25 @@ private:
 
 constexpr auto nothing = [] {};
 
+/// A workspace for one call at a time.
+class lent_memory {
+public:
+    explicit lent_memory(std::size_t bytes) : memory_(static_cast<std::int64_t>(bytes)) {}
+    workspace lend() const { return {memory_.data(), memory_.bytes()}; }
+
+private:
+    buffer<char> memory_;
+};
+
 /// Registers a row: body(state, row). What it throws ends up in the row.
 template <class Body>
 void add(fixture& s, row r, Body body) {
     r.hard = r.test != "ceiling" && s.settings.data == data_kind::hard;
     const auto run = [&s, r, body](benchmark::State& state) {
+        if (const auto reason = s.out.out_of_time(); !reason.empty()) {
+            state.SkipWithError(reason.c_str());
+            return;
+        }
         try {
             body(state, r);
         } catch (const skipped& e) {
@@ -171,22 +189,56 @@ std::pair<std::string, measured> fastest(int candidates, TryNext&& try_next) {
     return best;
 }
 
+/// Seconds after which no further way of a product_argmin is tried.
+constexpr double most_tuning = 1.0;
+
+/// The fastest way that a short look finds.
+template <class X>
+void tune(fixture& s, const problem<X>& p, product_argmin<X>& peer) {
+    const auto start = std::chrono::steady_clock::now();
+    auto best = peer.first();
+    double best_us = 0;
+    std::string reason;
+    const auto look_at = [&](const typename product_argmin<X>::way& way) {
+        const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+        if (best_us > 0 && spent.count() > most_tuning) return;
+        try {
+            peer.choose(way);
+            const double us = s.glance.time(p.sets, nothing, [&](int set) { peer(set, s.glance.stream()); }).us;
+            if (best_us > 0 && us >= best_us) return;
+            best_us = us;
+            best = way;
+        } catch (const std::exception& e) {  // not every choice exists for every size
+            cudaGetLastError();
+            reason = e.what();
+        }
+    };
+    look_at(best);
+    if (const auto way = peer.in_l2(best, s.card.l2CacheSize); way.piece < best.piece) look_at(way);
+    for (int product = 1; product < peer.products; ++product) {
+        auto way = best;
+        way.product = product;
+        look_at(way);
+    }
+    auto way = best;
+    way.threads_of_row = best.threads_of_row == 32 ? argmin_threads : 32;
+    look_at(way);
+    if (best_us == 0) throw std::runtime_error(reason);
+    peer.choose(best);
+}
+
 template <class X>
 void add_product_argmin(fixture& s, const cuvq::shape& shape, const char* type, const char* who,
                         cublasComputeType_t compute) {
     add(s, {"quantize", who, type, shape, "codes"}, [&s, compute](benchmark::State& state, const row& r) {
         auto& judged = s.get<X>(r.shape);
         const auto& p = judged.data;
-        const auto pieces = product_argmin<X>::pieces(p.shape, s.card.l2CacheSize);
-        const auto [label, m] = fastest(static_cast<int>(pieces.size()), [&](int i) {
-            const product_argmin<X> peer(s.cublas(), p, compute, pieces[i]);
-            const auto time = s.watch.time(
-                p.sets, [&] { p.codes.poison(s.watch.stream()); }, [&](int set) { peer(set, s.watch.stream()); });
-            return std::pair(pieces[i] < p.shape.vectors ? std::to_string(pieces[i]) + " rows at a time" : "whole",
-                             time);
-        });
+        product_argmin<X> peer(s.cublas(), p, compute);
+        tune(s, p, peer);
+        const auto m = s.watch.time(
+            p.sets, [&] { p.codes.poison(s.watch.stream()); }, [&](int set) { peer(set, s.watch.stream()); });
         s.out.write(state, r, m, quantize_work(p.shape, sizeof(X), false), judged.oracle().judge(p.codes.data()),
-                    label);
+                    peer.label());
     });
 }
 
@@ -218,7 +270,8 @@ void add_one_hot(fixture& s, const cuvq::shape& shape, const char* type) {
         const auto m = s.watch.time(p.sets, nothing, [&](int set) { peer(set, s.watch.stream()); });
         peer(0, s.watch.stream());
         s.watch.wait();
-        s.out.write(state, r, m, accumulate_work(p.shape, sizeof(X)), sum_oracle<X>(p).judge(peer.sums().data()));
+        s.out.write(state, r, m, accumulate_work(p.shape, sizeof(X)),
+                    sum_oracle<X>(p).judge(peer.counts(), peer.sums()));
     });
 }
 
@@ -231,7 +284,8 @@ void add_sort_reduce(fixture& s, const cuvq::shape& shape, const char* type, con
         const auto m = s.watch.time(p.sets, nothing, [&](int set) { peer(set, s.watch.stream()); });
         peer(0, s.watch.stream());
         s.watch.wait();
-        s.out.write(state, r, m, accumulate_work(p.shape, sizeof(X)), sum_oracle<X>(p).judge(peer.sums().data()));
+        s.out.write(state, r, m, accumulate_work(p.shape, sizeof(X)),
+                    sum_oracle<X>(p).judge(peer.counts(), peer.sums()));
     });
 }
 
@@ -256,35 +310,41 @@ void add_peers(fixture& s, const cuvq::shape& shape, const char* type) {
 
 // ---- cuvq -----------------------------------------------------------------------------------------------------------
 
-/// Codes only, found as `params` say.
-template <class X>
-void add_codes(fixture& s, const cuvq::shape& shape, const char* type, const char* variant,
-               const quantize_params& params) {
-    add(s, {"quantize", "cuvq", type, shape, variant}, [&s, params](benchmark::State& state, const row& r) {
+/// Codes only. `prepare`, outside the timed part, completes the parameters, waits for what it put on a stream, and
+/// returns what must be kept alive.
+template <class X, class Prepare>
+void add_codes(fixture& s, const cuvq::shape& shape, const char* type, const char* variant, Prepare prepare) {
+    add(s, {"quantize", "cuvq", type, shape, variant}, [&s, prepare](benchmark::State& state, const row& r) {
         auto& judged = s.get<X>(r.shape);
         const auto& p = judged.data;
+        quantize_params params;
+        const std::shared_ptr<void> kept = prepare(p, params);
+        const lent_memory memory(quantize_workspace_bytes(p.shape, params));
         const auto m = s.watch.time(
             p.sets, [&] { p.codes.poison(s.watch.stream()); },
             [&](int set) {
-                quantize(p.x_of(set), p.codebook_view(), p.codes_of(set), discard, discard, params, {},
+                quantize(p.x_of(set), p.codebook_view(), p.codes_of(set), discard, discard, params, memory.lend(),
                          s.watch.stream());
             });
-        s.out.write(state, r, m, quantize_work(p.shape, sizeof(X), false), judged.oracle().judge(p.codes.data()));
+        auto v = judged.oracle().judge(p.codes.data());
+        v.approximate = params.accuracy != accuracy::exact;
+        s.out.write(state, r, m, quantize_work(p.shape, sizeof(X), false), v);
     });
 }
 
 template <class X>
 void add_quantize(fixture& s, const cuvq::shape& shape, const char* type) {
-    add_codes<X>(s, shape, type, "codes", {});
+    add_codes<X>(s, shape, type, "codes", [](const problem<X>&, quantize_params&) { return nullptr; });
     add(s, {"quantize", "cuvq", type, shape, "all"}, [&s](benchmark::State& state, const row& r) {
         auto& judged = s.get<X>(r.shape);
         const auto& p = judged.data;
         const buffer<X> quantized(p.shape.vectors * p.shape.dimensions);
         const buffer<float> distances(p.shape.vectors);
+        const lent_memory memory(quantize_workspace_bytes(p.shape));
         const auto launch = [&](int set) {
             quantize(p.x_of(set), p.codebook_view(), p.codes_of(set),
                      matrix_view<X>(quantized.data(), p.shape.vectors, p.shape.dimensions),
-                     vector_view<float>(distances.data(), p.shape.vectors), {}, {}, s.watch.stream());
+                     vector_view<float>(distances.data(), p.shape.vectors), {}, memory.lend(), s.watch.stream());
         };
         const auto m = s.watch.time(p.sets, nothing, launch);
         p.codes.poison(s.watch.stream());
@@ -303,18 +363,18 @@ void add_accumulate(fixture& s, const cuvq::shape& shape, const char* type, cons
         const auto& p = s.get<X>(r.shape).data;
         p.draw(r.variant);
         const buffer<float> counts(p.shape.codes), sums(p.codebook.size());
-        const buffer<char> memory(static_cast<std::int64_t>(accumulate_workspace_bytes(p.shape)));
+        const lent_memory memory(accumulate_workspace_bytes(p.shape));
         const auto launch = [&](int set) {
             accumulate(p.x_of(set), p.codes_of(set), vector_view<float>(counts.data(), p.shape.codes),
-                       matrix_view<float>(sums.data(), p.shape.codes, p.shape.dimensions), {},
-                       {memory.data(), memory.bytes()}, s.watch.stream());
+                       matrix_view<float>(sums.data(), p.shape.codes, p.shape.dimensions), {}, memory.lend(),
+                       s.watch.stream());
         };
         const auto m = s.watch.time(p.sets, nothing, launch);
         counts.poison(s.watch.stream());
         sums.poison(s.watch.stream());
         launch(0);
         s.watch.wait();
-        s.out.write(state, r, m, accumulate_work(p.shape, sizeof(X)), sum_oracle<X>(p).judge(sums.data()));
+        s.out.write(state, r, m, accumulate_work(p.shape, sizeof(X)), sum_oracle<X>(p).judge(counts, sums));
     });
 }
 
@@ -323,21 +383,18 @@ void add_ema_update(fixture& s, const cuvq::shape& shape, const char* type, cons
     add(s, {"ema_update", "cuvq", type, shape, codes}, [&s](benchmark::State& state, const row& r) {
         const auto& p = s.get<X>(r.shape).data;
         p.draw(r.variant);
-        const ema_memory ema(p.codebook, p.shape);
         const auto params = ema_params::rectokens();
-        const buffer<char> memory(static_cast<std::int64_t>(ema_update_workspace_bytes(p.shape, params)));
+        const ema_memory ema(p.codebook, p.shape, params);
+        const lent_memory memory(ema_update_workspace_bytes(p.shape, params));
         const auto reset = [&] { ema.reset(s.watch.stream()); };
         const auto launch = [&](int set) {
-            ema_update(ema.view(), p.x_of(set), p.codes_of(set), params, {memory.data(), memory.bytes()},
-                       s.watch.stream());
+            ema_update(ema.view(), p.x_of(set), p.codes_of(set), params, memory.lend(), s.watch.stream());
         };
         const auto m = s.watch.time(p.sets, reset, launch);
         reset();
         launch(0);
         s.watch.wait();
-        s.out.write(state, r, m, ema_update_work(p.shape, sizeof(X)),
-                    sum_oracle<X>(p).judge(ema.view().embed_sum.data_handle(), p.codebook.data(), params.decay,
-                                           1.0 - params.decay));
+        s.out.write(state, r, m, ema_update_work(p.shape, sizeof(X)), sum_oracle<X>(p).judge(ema.view(), params));
     });
 }
 
@@ -346,22 +403,22 @@ void add_train_step(fixture& s, const cuvq::shape& shape, const char* type) {
     add(s, {"train_step", "cuvq", type, shape, ""}, [&s](benchmark::State& state, const row& r) {
         auto& judged = s.get<X>(r.shape);
         const auto& p = judged.data;
-        const ema_memory ema(p.codebook, p.shape);
         const train_params params = ema_params::rectokens();
-        const buffer<char> memory(static_cast<std::int64_t>(train_step_workspace_bytes(p.shape, params)));
+        const ema_memory ema(p.codebook, p.shape, params);
+        const lent_memory memory(train_step_workspace_bytes(p.shape, params));
         const auto reset = [&] {
             ema.reset(s.watch.stream());
             p.codes.poison(s.watch.stream());
         };
         const auto launch = [&](int set) {
-            train_step(ema.view(), p.x_of(set), p.codes_of(set), discard, params, {memory.data(), memory.bytes()},
-                       s.watch.stream());
+            train_step(ema.view(), p.x_of(set), p.codes_of(set), discard, params, memory.lend(), s.watch.stream());
         };
         const auto m = s.watch.time(p.sets, reset, launch);
         reset();
         launch(0);
         s.watch.wait();
-        s.out.write(state, r, m, train_step_work(p.shape, sizeof(X)), judged.oracle().judge(p.codes.data()));
+        s.out.write(state, r, m, train_step_work(p.shape, sizeof(X)),
+                    sum_oracle<X>(p).judge(ema.view(), params, judged.oracle().judge(p.codes.data())));
     });
 }
 
@@ -412,6 +469,7 @@ std::shared_ptr<void> register_gpu(const options& o, report& r) {
     benchmark::AddCustomContext("device", s.card.name);
     benchmark::AddCustomContext("compute_capability",
                                 std::to_string(s.card.major) + "." + std::to_string(s.card.minor));
+    benchmark::AddCustomContext("inputs", o.cold ? "rotated" : "rotated where larger than L2");
     benchmark::AddCustomContext("multiprocessors", std::to_string(s.card.multiProcessorCount));
     benchmark::AddCustomContext("l2_bytes", std::to_string(s.card.l2CacheSize));
     benchmark::AddCustomContext("cuda_runtime", version_text(runtime));

@@ -46,10 +46,11 @@ int run(int count, char** arguments) {
     benchmark::AddCustomContext("cuvq", std::to_string(CUVQ_VERSION_MAJOR) + "." + std::to_string(CUVQ_VERSION_MINOR) +
                                             "." + std::to_string(CUVQ_VERSION_PATCH));
     benchmark::AddCustomContext("data", options.data == bench::data_kind::hard ? "hard" : "normal");
-    benchmark::AddCustomContext("inputs", options.cold ? "rotated" : "rotated where larger than L2");
-    bench::report report;
+    bench::report report(options.budget);
     const auto alive = register_rows(options, report);
-    benchmark::RunSpecifiedBenchmarks();
+    if (benchmark::RunSpecifiedBenchmarks() == 0)
+        throw bench::usage_error(
+            "--benchmark_filter matches no row of these shapes, cases and types; --benchmark_list_tests lists them");
     benchmark::Shutdown();
     if (!report.good()) std::fputs("cuvq_bench: rows of cuvq are wrong or failed, see above\n", stderr);
     return report.good() ? 0 : 1;

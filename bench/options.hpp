@@ -33,6 +33,7 @@ struct options {
     bool peers = true;
     bool cold = false;
     double seconds = 0.1;
+    double budget = 1e6;
     bool help = false;
     std::vector<char*> google;  ///< what is left for Google Benchmark; the program's name first
 
@@ -60,26 +61,34 @@ What is timed
 How
   --time=SECONDS       spent on the samples of a row (default: 0.1)
   --cold               rotate over input sets always, see below
+  --budget=SECONDS     rows that would start after that are skipped (default: none)
   --benchmark_...      --benchmark_filter=REGEX, --benchmark_list_tests=true,
                        --benchmark_out=FILE.json, ... as in any Google Benchmark
 
 A row is CASE/WHO/TYPE/NxKxD/VARIANT[/hard]. Its time is the median of samples
 between two CUDA events; a sample is a captured graph of as many launches as take
-about 1 ms (at most 100). Vectors that fit in the card's L2 cache are timed there, as they are
-right after the layer that made them; larger ones (or all, with --cold) rotate
-over enough sets that none is still in L2. The state of ema_update and train_step
-is reset before each sample, so codes that restart after 20 idle steps rarely do.
-Memory is allocated, and norms and copies that a peer needs of the codebook are
-made, outside the timed part; only cuvq's quantize takes its scratch memory from
-the stream's pool inside it. Data are random.
+about 1 ms (at most 100). Vectors that fit in the card's L2 cache are timed
+there, as they are right after the layer that made them; larger ones (or all,
+with --cold) rotate over enough sets that none is still in L2. Memory is
+allocated, and norms and copies that a peer needs of the codebook are made,
+outside the timed part. Data are random.
 
-Peers: cublas_*_argmin: the matrix of scores by cuBLAS, then argmin with CUB, in
-pieces that fit in L2 or whole, whichever is faster; cublas_fp16_product: that
-product alone, written out, in half precision: a floor for anyone who
+VARIANT: of quantize, codes (nothing else is written; the codebook is prepared
+in every call) or all (quantized rows and distances too); of accumulate and
+ema_update, how the given codes are distributed. ema_update and train_step
+follow RecTokens' rules: a code restarts from a row of the batch after 20 steps
+without one. Their state is reset before each sample, with the counts of idle
+steps spread evenly, so that each step restarts a twentieth of the idle codes.
+
+Peers: cublas_*_argmin: the matrix of scores by cuBLAS or cuBLASLt (its first
+four choices are tried), then a kernel for the argmin, a warp or a block to the
+row, in pieces that fit in L2 or whole: the fastest combination that a short
+look finds, which the row's label names; cublas_fp16_product: a product of that
+size alone, by cuBLAS, in half precision, written out: a floor for anyone who
 materializes scores; cublas_one_hot: sums as a product with a one-hot matrix;
 cub_sort_reduce: sums by sorting and DeviceReduce::ReduceByKey; floor/copy_x and
-floor/read_x: one copy, one read of the vectors. ceiling/...: the card's best
-copy and half-precision product in this run.
+floor/read_x: one copy, one read of the vectors. ceiling/...: the card's copy
+and its half-precision product of 8192x8192x8192 in this run.
 
 Counters
   us, us_min     median and fastest sample, microseconds per call
@@ -88,13 +97,18 @@ Counters
   of_ceiling     share of the run's copy and product ceilings; above 1 where L2
                  serves, or where the job reads only
   vs_PEER        time divided by PEER's: below 1 is faster than PEER
-  wrong          rows with a wrong code, of up to 4096 put beside a float64 brute
-                 force; also named in the row's label
-  sum_error      relative error (Frobenius norm) of sums against float64
+  wrong          rows with a wrong code, quantized row or distance, of up to 4096
+                 (CPU: 256) put beside a float64 brute force
+  count_error, sum_error, codebook_error
+                 relative errors (Frobenius norm) against float64 of counts (after
+                 an update: of cluster sizes and idle steps), of sums, and of the
+                 codebook after an update
 
-A peer that needs more than 40 GB is skipped and says so. Without a GPU the rows
-time cuvq::reference on the CPU. Exit code: 0; 1 if a row of cuvq is wrong or
-failed; 2 for a command line that makes no sense.
+What is wrong is also named in the row's label. A peer that needs more than
+40 GB is skipped and says so. Without a GPU the rows time cuvq::reference on the
+CPU, by the wall clock: the median of a few calls, each from the same state.
+Exit code: 0; 1 if a row of cuvq is wrong or failed; 2 for a command line that
+makes no sense, or a --benchmark_filter that matches nothing.
 )";
 }
 
@@ -140,6 +154,15 @@ inline cuvq::shape shape_of(const std::string& flag, const std::string& value) {
     return {sizes[0], sizes[1], sizes[2]};
 }
 
+inline double seconds_of(const std::string& flag, const std::string& value, double most) {
+    char* rest = nullptr;
+    const double seconds = std::strtod(value.c_str(), &rest);
+    if (*rest != '\0' || !(seconds > 0 && seconds <= most))
+        throw usage_error(flag + ": got '" + value + "'; wants seconds, above 0 and at most " +
+                          std::to_string(std::lround(most)));
+    return seconds;
+}
+
 inline void add_shape(std::vector<cuvq::shape>& shapes, const cuvq::shape& s) {
     for (const auto& known : shapes)
         if (same(known, s)) return;
@@ -150,7 +173,7 @@ inline void add_shape(std::vector<cuvq::shape>& shapes, const cuvq::shape& s) {
 
 /// Reads the command line, given as `main` gets it. Flags that begin with --benchmark_ or --v= are Google Benchmark's.
 inline options parse(int count, char** arguments) {
-    const std::string all[] = {"--shapes", "--shape", "--cases", "--types", "--codes", "--data", "--time"};
+    const std::string all[] = {"--shapes", "--shape", "--cases", "--types", "--codes", "--data", "--time", "--budget"};
     options o;
     o.google.push_back(arguments[0]);
     for (int i = 1; i < count; ++i) {
@@ -193,12 +216,8 @@ inline options parse(int count, char** arguments) {
         if (flag == "--codes") o.codes = detail::words(flag, value, options().codes);
         if (flag == "--data")
             o.data = detail::words(flag, value, {"normal", "hard"})[0] == "hard" ? data_kind::hard : data_kind::normal;
-        if (flag == "--time") {
-            char* rest = nullptr;
-            o.seconds = std::strtod(value.c_str(), &rest);
-            if (*rest != '\0' || !(o.seconds > 0 && o.seconds <= 60))
-                throw usage_error(flag + ": got '" + value + "'; wants seconds, above 0 and at most 60");
-        }
+        if (flag == "--time") o.seconds = detail::seconds_of(flag, value, 60);
+        if (flag == "--budget") o.budget = detail::seconds_of(flag, value, 1e6);
     }
     if (o.shapes.empty())
         for (const auto& s : named_shapes)

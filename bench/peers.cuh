@@ -7,12 +7,14 @@
 #include <algorithm>
 #include <cfloat>
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include <cublasLt.h>
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <thrust/iterator/counting_iterator.h>
@@ -56,16 +58,23 @@ constexpr cudaDataType_t cuda_type() {
     return CUDA_R_32F;
 }
 
-/// cuBLAS with a workspace of its own, so that it can be captured.
+/// cuBLAS and cuBLASLt with a workspace of their own, so that they can be captured.
 class blas {
 public:
     blas() : workspace_(std::int64_t{64} << 20) {
         CUVQ_BENCH_CHECK_CUBLAS(cublasCreate(&handle_));
+        CUVQ_BENCH_CHECK_CUBLAS(cublasLtCreate(&light_));
         CUVQ_BENCH_CHECK_CUBLAS(cublasSetWorkspace(handle_, workspace_.data(), workspace_.bytes()));
     }
     blas(const blas&) = delete;
     blas& operator=(const blas&) = delete;
-    ~blas() { cublasDestroy(handle_); }
+    ~blas() {
+        cublasLtDestroy(light_);
+        cublasDestroy(handle_);
+    }
+
+    cublasLtHandle_t light() const { return light_; }
+    const buffer<char>& workspace() const { return workspace_; }
 
     /// out [rows x columns] = alpha a b^T with a [rows x depth], b [columns x depth], all row-major.
     template <class T, class Out>
@@ -97,15 +106,15 @@ private:
 
     buffer<char> workspace_;
     cublasHandle_t handle_ = nullptr;
+    cublasLtHandle_t light_ = nullptr;
 };
 
 // ---- quantize -------------------------------------------------------------------------------------------------------
 
-/// Threads of an argmin block, and of those, a row's.
+/// Threads of an argmin block; a row is a warp's or a block's.
 inline constexpr int argmin_threads = 256;
-inline int argmin_threads_per_row(std::int64_t codes) { return codes <= 1024 ? 32 : argmin_threads; }
 
-/// Least of scores[i][k] + norms[k] over k, by a warp or a block of CUB's per row.
+/// Least of scores[i][k] + norms[k] over k, or of the scores alone where norms is null.
 template <int Threads>
 __global__ void __launch_bounds__(argmin_threads)
     argmin(const float* scores, const float* norms, std::int64_t rows, std::int64_t codes, std::int32_t* out) {
@@ -118,20 +127,24 @@ __global__ void __launch_bounds__(argmin_threads)
     if (row >= rows) return;
     const float* mine = scores + row * codes;
     pair best(0x7FFFFFFF, FLT_MAX);
-    const auto look = [&](std::int64_t k, float score, float norm) {
-        if (score + norm < best.value) best = pair(static_cast<std::int32_t>(k), score + norm);
+    const auto look = [&](std::int64_t k, float score) {
+        if (score < best.value) best = pair(static_cast<std::int32_t>(k), score);
     };
     if (codes % 4 == 0) {
+#pragma unroll 4
         for (std::int64_t k = 4 * lane; k < codes; k += 4 * Threads) {
-            const float4 s = *reinterpret_cast<const float4*>(mine + k);
-            const float4 n = *reinterpret_cast<const float4*>(norms + k);
-            look(k, s.x, n.x);
-            look(k + 1, s.y, n.y);
-            look(k + 2, s.z, n.z);
-            look(k + 3, s.w, n.w);
+            float4 s = *reinterpret_cast<const float4*>(mine + k);
+            if (norms) {
+                const float4 n = *reinterpret_cast<const float4*>(norms + k);
+                s = make_float4(s.x + n.x, s.y + n.y, s.z + n.z, s.w + n.w);
+            }
+            look(k, s.x);
+            look(k + 1, s.y);
+            look(k + 2, s.z);
+            look(k + 3, s.w);
         }
     } else {
-        for (std::int64_t k = lane; k < codes; k += Threads) look(k, mine[k], norms[k]);
+        for (std::int64_t k = lane; k < codes; k += Threads) look(k, norms ? mine[k] + norms[k] : mine[k]);
     }
     best = reduce(memory[place]).Reduce(best, cub::ArgMin());
     if (lane == 0) out[row] = best.key;
@@ -148,55 +161,163 @@ static __global__ void square_norms(const float* codebook, cuvq::shape s, float*
     }
 }
 
-/// -2 x c^T by cuBLAS, `piece` rows at a time, then the argmin of that plus |c|^2. Writes the problem's codes.
+/// norms - 2 x c^T of so many rows by cuBLASLt, which adds the norms as its bias, in each of its first few choices.
+template <class X>
+class biased_product {
+public:
+    static constexpr int most_choices = 4;
+
+    biased_product(cublasLtHandle_t handle, std::int64_t rows, const cuvq::shape& s, cublasComputeType_t compute,
+                   const buffer<char>& workspace)
+        : handle_(handle), workspace_(workspace) {
+        // Column-major, as cuBLASLt sees it: scores^T [K x rows] = (c^T)^T x^T.
+        const auto codes = static_cast<std::uint64_t>(s.codes), dimensions = static_cast<std::uint64_t>(s.dimensions);
+        CUVQ_BENCH_CHECK_CUBLAS(cublasLtMatmulDescCreate(&operation_.value, compute, CUDA_R_32F));
+        set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+        set(CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+        CUVQ_BENCH_CHECK_CUBLAS(cublasLtMatrixLayoutCreate(&c_.value, cuda_type<X>(), dimensions, codes, s.dimensions));
+        CUVQ_BENCH_CHECK_CUBLAS(cublasLtMatrixLayoutCreate(&x_.value, cuda_type<X>(), dimensions,
+                                                           static_cast<std::uint64_t>(rows), s.dimensions));
+        CUVQ_BENCH_CHECK_CUBLAS(
+            cublasLtMatrixLayoutCreate(&scores_.value, CUDA_R_32F, codes, static_cast<std::uint64_t>(rows), s.codes));
+        owner<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy> preference;
+        CUVQ_BENCH_CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference.value));
+        const std::size_t bytes = workspace.bytes();
+        CUVQ_BENCH_CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(
+            preference.value, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes)));
+        const auto status =
+            cublasLtMatmulAlgoGetHeuristic(handle_, operation_.value, c_.value, x_.value, scores_.value, scores_.value,
+                                           preference.value, most_choices, choices_, &found_);
+        if (status != CUBLAS_STATUS_SUCCESS) found_ = 0;
+    }
+
+    /// @param choice  from 0; one that cuBLASLt does not have is refused
+    void operator()(int choice, const X* x, const X* codebook, const float* norms, float* scores, cudaStream_t stream) {
+        if (choice >= found_) throw skipped("no such choice of cuBLASLt");
+        const float minus_two = -2, zero = 0;
+        set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, norms);
+        CUVQ_BENCH_CHECK_CUBLAS(cublasLtMatmul(handle_, operation_.value, &minus_two, codebook, c_.value, x, x_.value,
+                                               &zero, scores, scores_.value, scores, scores_.value,
+                                               &choices_[choice].algo, workspace_.data(), workspace_.bytes(), stream));
+    }
+
+private:
+    template <class Handle, cublasStatus_t (*Destroy)(Handle)>
+    struct owner {
+        owner() = default;
+        owner(const owner&) = delete;
+        owner& operator=(const owner&) = delete;
+        ~owner() {
+            if (value) Destroy(value);
+        }
+        Handle value = nullptr;
+    };
+    using layout = owner<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy>;
+
+    template <class Value>
+    void set(cublasLtMatmulDescAttributes_t attribute, const Value& value) {
+        CUVQ_BENCH_CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(operation_.value, attribute, &value, sizeof(value)));
+    }
+
+    cublasLtHandle_t handle_;
+    const buffer<char>& workspace_;
+    owner<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy> operation_;
+    layout c_, x_, scores_;
+    cublasLtMatmulHeuristicResult_t choices_[most_choices] = {};
+    int found_ = 0;
+};
+
+/// |c|^2 - 2 x c^T by cuBLAS or cuBLASLt, then the argmin of that. Writes the problem's codes.
 template <class X>
 class product_argmin {
 public:
-    product_argmin(const blas& b, const problem<X>& p, cublasComputeType_t compute, std::int64_t piece)
+    /// One way to do it.
+    struct way {
+        int product = 0;         ///< 0: cuBLAS, and the norms added by the argmin; from 1: a choice of cuBLASLt's
+        int threads_of_row = 0;  ///< in the argmin: 32 or argmin_threads
+        std::int64_t piece = 0;  ///< rows at a time
+    };
+    static constexpr int products = 1 + biased_product<X>::most_choices;
+
+    product_argmin(const blas& b, const problem<X>& p, cublasComputeType_t compute)
         : blas_(b),
           problem_(p),
           compute_(compute),
-          piece_(piece),
+          whole_(std::min(p.shape.vectors, rows_of(most_peer_bytes))),
           codebook_(converted<X>(p.codebook)),
           norms_(p.shape.codes),
-          scores_((check_memory(4.0 * static_cast<double>(piece) * static_cast<double>(p.shape.codes)),
-                   piece * p.shape.codes)) {
+          scores_((check_memory(4.0 * static_cast<double>(whole_) * static_cast<double>(p.shape.codes)),
+                   whole_ * p.shape.codes)) {
         square_norms<<<loop_blocks, loop_threads>>>(p.codebook.data(), p.shape, norms_.data());
         CUVQ_CHECK_CUDA(cudaGetLastError());
         CUVQ_CHECK_CUDA(cudaDeviceSynchronize());
     }
 
-    /// Rows whose scores stay in L2, and rows of the largest matrix there may be.
-    static std::vector<std::int64_t> pieces(const cuvq::shape& s, std::int64_t l2_bytes) {
-        const std::int64_t row = 4 * s.codes;
-        const std::int64_t whole = std::min(s.vectors, static_cast<std::int64_t>(most_peer_bytes) / row);
-        const std::int64_t small = std::max<std::int64_t>(128, l2_bytes / 2 / row / 128 * 128);
-        return small < whole ? std::vector<std::int64_t>{whole, small} : std::vector<std::int64_t>{whole};
+    /// What to begin with: all rows at once, or as many as there may be scores of.
+    way first() const { return {0, problem_.shape.codes <= 1024 ? 32 : argmin_threads, whole_}; }
+    /// The same by so many rows that their scores stay in L2.
+    way in_l2(way w, std::int64_t l2_bytes) const {
+        w.piece = std::min(whole_, rows_of(static_cast<double>(l2_bytes) / 2));
+        return w;
+    }
+
+    void choose(const way& w) {
+        way_ = w;
+        const auto& s = problem_.shape;
+        plan_.reset();
+        rest_plan_.reset();
+        if (w.product == 0) return;
+        const auto plan = [&](std::int64_t rows) {
+            return std::make_unique<biased_product<X>>(blas_.light(), rows, s, compute_, blas_.workspace());
+        };
+        plan_ = plan(w.piece);
+        if (s.vectors % w.piece > 0) rest_plan_ = plan(s.vectors % w.piece);
+    }
+
+    std::string label() const {
+        const auto choice = way_.product == 0 ? "cuBLAS" : "cuBLASLt's choice " + std::to_string(way_.product);
+        const auto rows =
+            way_.piece < problem_.shape.vectors ? std::to_string(way_.piece) + " rows at a time" : "whole";
+        return choice + ", a " + (way_.threads_of_row == 32 ? "warp" : "block") + " to a row, " + rows;
     }
 
     void operator()(int set, cudaStream_t stream) const {
         const auto& s = problem_.shape;
         const X* x = problem_.x_of(set).data_handle();
         std::int32_t* codes = problem_.codes_of(set).data_handle();
-        for (std::int64_t first = 0; first < s.vectors; first += piece_) {
-            const std::int64_t rows = std::min(piece_, s.vectors - first);
-            blas_.product(x + first * s.dimensions, codebook_.data(), scores_.data(), rows, s.codes, s.dimensions,
-                          -2.0f, compute_, stream);
-            const int per_row = argmin_threads_per_row(s.codes);
-            const auto blocks = static_cast<unsigned>((rows * per_row - 1) / argmin_threads + 1);
-            (per_row == 32 ? argmin<32> : argmin<argmin_threads>)<<<blocks, argmin_threads, 0, stream>>>(
-                scores_.data(), norms_.data(), rows, s.codes, codes + first);
+        for (std::int64_t first = 0; first < s.vectors; first += way_.piece) {
+            const std::int64_t rows = std::min(way_.piece, s.vectors - first);
+            const X* mine = x + first * s.dimensions;
+            if (way_.product == 0)
+                blas_.product(mine, codebook_.data(), scores_.data(), rows, s.codes, s.dimensions, -2.0f, compute_,
+                              stream);
+            else if (rows == way_.piece)
+                (*plan_)(way_.product - 1, mine, codebook_.data(), norms_.data(), scores_.data(), stream);
+            else  // another size may have fewer choices
+                (*rest_plan_)(0, mine, codebook_.data(), norms_.data(), scores_.data(), stream);
+            const auto blocks = static_cast<unsigned>((rows * way_.threads_of_row - 1) / argmin_threads + 1);
+            const auto kernel = way_.threads_of_row == 32 ? argmin<32> : argmin<argmin_threads>;
+            kernel<<<blocks, argmin_threads, 0, stream>>>(scores_.data(), way_.product == 0 ? norms_.data() : nullptr,
+                                                          rows, s.codes, codes + first);
             CUVQ_CHECK_CUDA(cudaGetLastError());
         }
     }
 
 private:
+    /// So many that their scores take that much memory; a multiple of 128, which keeps every piece aligned.
+    std::int64_t rows_of(double bytes) const {
+        return std::max<std::int64_t>(128, static_cast<std::int64_t>(bytes) / (4 * problem_.shape.codes) / 128 * 128);
+    }
+
     const blas& blas_;
     const problem<X>& problem_;
     cublasComputeType_t compute_;
-    std::int64_t piece_;
+    std::int64_t whole_;
     buffer<X> codebook_;
     buffer<float> norms_, scores_;
+    way way_;
+    std::unique_ptr<biased_product<X>> plan_, rest_plan_;
 };
 
 /// x c^T in half precision, summed in float32, written out as Out.
@@ -256,6 +377,7 @@ public:
         CUVQ_CHECK_CUDA(cudaDeviceSynchronize());
     }
 
+    const buffer<float>& counts() const { return counts_; }
     const buffer<float>& sums() const { return sums_; }
 
     void operator()(int set, cudaStream_t stream) const {
@@ -341,6 +463,7 @@ public:
         memory_ = buffer<char>(static_cast<std::int64_t>(bytes_));
     }
 
+    const buffer<float>& counts() const { return counts_; }
     const buffer<float>& sums() const { return sums_; }
 
     void operator()(int set, cudaStream_t stream) {

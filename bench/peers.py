@@ -6,25 +6,40 @@ The rows have the names, the format and the counters of cuvq_bench's, so that pl
 by side. Each package is used if it can be imported; what is not there, or would need more than 40 GB, is reported as
 skipped. The way of timing is cuvq_bench's too: as many calls as take about 1 ms captured in a CUDA graph, events around
 it, the median of many; standard normal data; vectors that fit in L2 stay there, larger ones rotate. Norms that a
-kernel wants of its inputs are made beforehand.
+kernel wants of its inputs are made beforehand. The state of an EMA update is reset before each sample, with idle
+steps spread as in cuvq_bench.
+
+Rows go by importance and cost, peer by peer; those that --budget leaves no time for are reported as skipped. Of the
+shapes of the set `scaling`, only the peers that the scaling charts show are timed.
 """
 
 import argparse
 import importlib
 import math
+import signal
 import statistics
 import sys
 import time
 
 import results
 
+START = time.monotonic()
 MOST_BYTES = 40e9
 SAMPLED_ROWS = 4096
 DISTRIBUTIONS = ("uniform", "zipf", "one")
 
 
+RESTART_AFTER_STEPS = 20
+# N K D from which a kernel whose time grows with that is put behind all other rows: tuning it takes half a minute.
+DEAR = 2e11
+
+
 class Skip(Exception):
     """A peer that is not run, and why."""
+
+
+class OutOfTime(BaseException):
+    """The budget is spent. No Exception, so that no package swallows it."""
 
 
 def check_memory(size):
@@ -125,7 +140,10 @@ def elapsed_us(torch, body):
 
 
 def time_call(torch, call, sets, seconds, captured):
-    """(median, fastest) microseconds of call(set). What cannot be captured is timed with its host time."""
+    """(median, fastest) microseconds of call(set). What cannot be captured is timed with its host time. A call that
+    has a `reset` is reset before each sample, not timed."""
+    reset = getattr(call, "reset", lambda: None)
+    reset()
     for _ in range(2):
         call(0)  # compiles, tunes
     torch.cuda.synchronize()
@@ -143,10 +161,12 @@ def time_call(torch, call, sets, seconds, captured):
         with torch.cuda.graph(graph):
             body()
         run = graph.replay
+        reset()
         run()
         torch.cuda.synchronize()
     samples, total = [], 0.0
     while len(samples) < 3 or (total < seconds * 1e6 and len(samples) < 201):
+        reset()
         samples.append(elapsed_us(torch, run))
         total += samples[-1]
     return statistics.median(samples) / launches, min(samples) / launches
@@ -232,57 +252,64 @@ def flash_kmeans_sums(p, codes):
     return call
 
 
-class RectokensState:
-    def __init__(self, p):
+class RectokensUpdate:
+    """ema_update from cuvq_bench's start: cluster sizes 1, sums the codebook, idle steps spread."""
+
+    def __init__(self, p, codes):
         if p.shape[2] & (p.shape[2] - 1):
             raise Skip("D must be a power of two")
         self.update = module("rectokens.ops.ema_update").ema_update
-        self.size = p.torch.ones(p.shape[1], device=p.device)
-        self.sums, self.codebook = p.codebook.clone(), p.codebook.clone()
-        self.steps = p.torch.zeros(p.shape[1], device=p.device, dtype=p.torch.int64)
+        self.x, self.codes = p.x, codes
+        idle = p.torch.arange(p.shape[1], device=p.device) % RESTART_AFTER_STEPS
+        self.start = [p.torch.ones(p.shape[1], device=p.device), p.codebook, p.codebook, idle]
+        self.state = [t.clone() for t in self.start]  # cluster sizes, sums, codebook, idle steps
 
-    def __call__(self, x, codes):
-        self.update(x, codes, self.size, self.sums, self.codebook, self.steps, 0.99, 20)
+    def reset(self):
+        for to, origin in zip(self.state, self.start):
+            to.copy_(origin)
+
+    def __call__(self, s):
+        self.update(self.x[s], self.codes[s], *self.state, 0.99, RESTART_AFTER_STEPS)
 
 
-def rectokens_ema(p, codes):
-    state = RectokensState(p)
-    return lambda s: state(p.x[s], codes[s])
+class RectokensTrain(RectokensUpdate):
+    def __init__(self, p):
+        super().__init__(p, [None] * p.sets)
+        self.nearest = module("rectokens.ops.nn_quantize").nearest_neighbor_quantize
 
-
-def rectokens_train(p):
-    nearest = module("rectokens.ops.nn_quantize").nearest_neighbor_quantize
-    state = RectokensState(p)
-
-    def call(s):
-        codes = nearest(p.x[s], state.codebook)
-        state(p.x[s], codes)
-
-    return call
+    def __call__(self, s):
+        self.codes[s] = self.nearest(self.x[s], self.state[2])
+        super().__call__(s)
 
 
 class Peer:
-    def __init__(self, test, who, make, *, distributions=("",), tf32=False, captured=True):
+    """`scaling`: also timed at the shapes of the scaling charts; `grows`: its time is as N K D, whatever the codes."""
+
+    def __init__(self, test, who, make, *, distributions=("",), tf32=False, captured=True, scaling=False, grows=False):
         self.test, self.who, self.make = test, who, make
         self.distributions, self.tf32, self.captured = distributions, tf32, captured
+        self.scaling, self.grows = scaling, grows
 
 
-# What costs little comes first, what compiles many kernels last, so that a short --budget still covers most.
+# In the order of the rows. What compiles many kernels comes behind what is compared most; the last ones are there for
+# completeness.
 PEERS = [
-    Peer("quantize", "torch_addmm_fp32", torch_addmm),
-    Peer("quantize", "torch_addmm_tf32", torch_addmm, tf32=True),
-    Peer("quantize", "flash_kmeans", flash_kmeans_assign),
-    Peer("accumulate", "torch_index_add", torch_index_add, distributions=DISTRIBUTIONS),
-    Peer("accumulate", "flash_kmeans", flash_kmeans_sums, distributions=DISTRIBUTIONS),
+    Peer("quantize", "torch_addmm_fp32", torch_addmm, scaling=True),
+    Peer("quantize", "torch_addmm_tf32", torch_addmm, tf32=True, scaling=True),
+    Peer("quantize", "flash_kmeans", flash_kmeans_assign, scaling=True),
+    Peer("accumulate", "torch_index_add", torch_index_add, distributions=DISTRIBUTIONS, scaling=True),
+    Peer("accumulate", "flash_kmeans", flash_kmeans_sums, distributions=DISTRIBUTIONS, scaling=True),
+    Peer("ema_update", "rectokens", RectokensUpdate, distributions=DISTRIBUTIONS, scaling=True, grows=True),
+    Peer("quantize", "rectokens", rectokens_assign),
+    Peer("train_step", "rectokens", RectokensTrain, grows=True),
     Peer("quantize", "vector_quantize_pytorch", lambda p: vector_quantize(p, False), captured=False),
     Peer("train_step", "vector_quantize_pytorch", lambda p: vector_quantize(p, True), captured=False),
-    Peer("ema_update", "rectokens", rectokens_ema, distributions=("uniform",)),
-    Peer("quantize", "torch_cdist", torch_cdist),
-    Peer("quantize", "torch_compile_fp32", lambda p: torch_addmm(p, True)),
     Peer("quantize", "torch_compile_tf32", lambda p: torch_addmm(p, True), tf32=True),
-    Peer("quantize", "rectokens", rectokens_assign),
-    Peer("train_step", "rectokens", rectokens_train),
+    Peer("quantize", "torch_compile_fp32", lambda p: torch_addmm(p, True)),
+    Peer("quantize", "torch_cdist", torch_cdist),
 ]
+# Where such a peer is given other codes than uniform ones all the same.
+ANY_CODES = (1048576, 1024, 128)
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -316,9 +343,24 @@ def measure(peer, p, distribution, seconds):
     return counters, label
 
 
+def planned(peers, shapes, scaling_only):
+    """(peer, shape, distribution) of each row, in the order in which they are timed."""
+    rows = []
+    for peer in peers:
+        for shape in shapes:
+            if shape in scaling_only and not peer.scaling:
+                continue
+            for distribution in peer.distributions:
+                if distribution not in ("", "uniform"):
+                    if shape in scaling_only or (peer.grows and shape != ANY_CODES):
+                        continue
+                rows.append((peer, shape, distribution))
+    return sorted(rows, key=lambda row: row[0].grows and math.prod(row[1]) > DEAR)
+
+
 def run(torch, options):
-    entries, unusable = [], {}
-    deadline = time.monotonic() + options.budget
+    entries, unusable, spent = [], {}, {}
+    out_of_time = f"skipped: the budget of {options.budget:g} s is spent"
     l2_bytes = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)
     problem, truths = None, {}
 
@@ -330,35 +372,48 @@ def run(torch, options):
             entries.append({"name": name, "real_time": counters["us"], "time_unit": "us", **counters, "label": label})
             print(f"{name:<70} {counters['us']:12.2f} us  {label}", flush=True)
 
+    def stop(*_):
+        raise OutOfTime
+
+    # The row that is running when time is up is given up, as soon as its present call into C returns.
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, min(START + options.budget - time.monotonic(), 1e6)))
+    code = 0
     try:
-        for peer in options.peers:
-            for shape in options.shapes:
-                for distribution in peer.distributions:
-                    name = row_name(peer, shape, distribution)
-                    if peer.who in unusable:
-                        continue
-                    if time.monotonic() > deadline:
-                        add(name, reason=f"skipped: the budget of {options.budget:g} s is spent")
-                        continue
-                    try:
-                        if problem is None or problem.shape != shape:
-                            problem = None
-                            torch.cuda.empty_cache()
-                            problem = Problem(torch, shape, "cuda", l2_bytes, options.cold, truths)
-                        add(name, *measure(peer, problem, distribution, options.seconds))
-                    except Skip as e:
-                        if str(e).startswith("cannot import"):
-                            unusable[peer.who] = str(e)
-                            name = f"{peer.test}/{peer.who}"
-                        add(name, reason=f"skipped: {e}")
-                    except Exception as e:  # a peer that fails is no reason to lose the others
-                        add(name, reason=f"skipped: failed: {first_line(e)}")
-                        torch.cuda.synchronize()  # raises if the GPU is of no use any more
+        for peer, shape, distribution in planned(options.peers, options.shapes, options.scaling_only):
+            name = row_name(peer, shape, distribution)
+            if peer.who in unusable:
+                continue
+            began = time.monotonic()
+            if began >= START + options.budget:
+                add(name, reason=out_of_time)
+                continue
+            try:
+                if problem is None or problem.shape != shape:
+                    problem = None
                     torch.cuda.empty_cache()
+                    problem = Problem(torch, shape, "cuda", l2_bytes, options.cold, truths)
+                add(name, *measure(peer, problem, distribution, options.seconds))
+            except OutOfTime:
+                add(name, reason=out_of_time)
+            except Skip as e:
+                if str(e).startswith("cannot import"):
+                    unusable[peer.who] = str(e)
+                    name = f"{peer.test}/{peer.who}"
+                add(name, reason=f"skipped: {e}")
+            except Exception as e:  # a peer that fails is no reason to lose the others
+                add(name, reason=f"skipped: failed: {first_line(e)}")
+                torch.cuda.synchronize()  # raises if the GPU is of no use any more
+            torch.cuda.empty_cache()
+            spent[f"{peer.test}/{peer.who}"] = spent.get(f"{peer.test}/{peer.who}", 0) + time.monotonic() - began
     except Exception as e:
         print(f"peers.py: stopped: {first_line(e)}", file=sys.stderr)
-        return entries, 1
-    return entries, 0
+        code = 1
+    except OutOfTime:  # between two rows
+        print(f"peers.py: stopped: {out_of_time}", file=sys.stderr)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print("peers.py: seconds by peer: " + ", ".join(f"{who} {s:.0f}" for who, s in spent.items()))
+    return entries, code
 
 
 def parse(arguments):
@@ -372,7 +427,7 @@ def parse(arguments):
     parser.add_argument("--peers", metavar="NAME[,NAME]", default="",
                         help=f"default: all of {', '.join(dict.fromkeys(p.who for p in PEERS))}")
     parser.add_argument("--seconds", type=float, default=0.1, help="spent on the samples of a row (default: 0.1)")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which rows are skipped")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds from the start after which rows are skipped")
     parser.add_argument("--cold", action="store_true", help="rotate over input sets always")
     parser.add_argument("--context", metavar="KEY=VALUE", action="append", default=[], help="put into the JSON")
     parser.add_argument("--out", metavar="FILE.json", help="where the rows go, besides the console")
@@ -388,7 +443,9 @@ def parse(arguments):
     for name in names:
         if name not in sets:
             parser.error(f"--shapes: got '{name}'; wants {', '.join(sets)}")
-        shapes += results.shapes_of(name)
+    shapes += [s for name in names if name != "scaling" for s in results.shapes_of(name)]
+    options.scaling_only = set(results.shapes_of("scaling") if "scaling" in names else ()) - set(shapes)
+    shapes += [s for name in names if name == "scaling" for s in results.shapes_of(name)]
     options.shapes = list(dict.fromkeys(shapes))
 
     cases, chosen = options.cases.split(","), options.peers.split(",") if options.peers else []

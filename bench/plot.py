@@ -28,18 +28,26 @@ PEERS = {
     "flash_kmeans": ("flash-kmeans", "#0072B2", "s"),
     "torch_addmm_tf32": ("PyTorch addmm + argmin, TF32", "#009E73", "^"),
     "torch_addmm_fp32": ("PyTorch addmm + argmin, FP32", "#009E73", "v"),
-    "cublas_tf32_argmin": ("cuBLAS + CUB argmin, TF32", "#56B4E9", "D"),
-    "cublas_fp32_argmin": ("cuBLAS + CUB argmin, FP32", "#E69F00", "P"),
-    "vector_quantize_pytorch": ("vector-quantize-pytorch (whole layer, host time)", "#CC79A7", "X"),
-    "torch_index_add": ("PyTorch index_add_ (sums only)", "#009E73", "^"),
-    "cub_sort_reduce": ("CUB sort + reduce (sums only)", "#E69F00", "P"),
-    "cublas_one_hot": ("cuBLAS, one-hot (sums only)", "#56B4E9", "D"),
+    "torch_compile_tf32": ("PyTorch, compiled, TF32", "#70C9B0", "^"),
+    "torch_compile_fp32": ("PyTorch, compiled, FP32", "#70C9B0", "v"),
+    "torch_cdist": ("PyTorch cdist + argmin, FP32", "#00543D", "d"),
+    "cublas_tf32_argmin": ("cuBLAS + argmin, TF32", "#56B4E9", "D"),
+    "cublas_fp32_argmin": ("cuBLAS + argmin, FP32", "#E69F00", "P"),
+    "vector_quantize_pytorch": ("vector-quantize-pytorch (whole layer, host time)", "#882255", "p"),
+    "torch_index_add": ("PyTorch index_add_", "#009E73", "^"),
+    "cub_sort_reduce": ("CUB sort + reduce", "#E69F00", "P"),
+    "cublas_one_hot": ("cuBLAS, one-hot", "#56B4E9", "D"),
     "rectokens": ("RecTokens", "#CC79A7", "X"),
     "cublas_fp16_product": ("cuBLAS FP16 product alone", "#999999", "*"),
+    "read_x": ("one read of x", "#999999", "*"),
+    "cuvq/fast": ("cuvq, accuracy::fast", OWN[1], "o"),
 }
 # What charts of `quantize`, and of EMA updates, put beside cuvq. Sums alone are less work than an update.
-QUANTIZE = ("flash_kmeans", "torch_addmm_tf32", "torch_addmm_fp32", "cublas_tf32_argmin", "cublas_fp32_argmin",
+QUANTIZE = ("cuvq/fast", "flash_kmeans", "rectokens", "torch_addmm_tf32", "torch_addmm_fp32", "torch_compile_tf32",
+            "torch_compile_fp32", "torch_cdist", "cublas_tf32_argmin", "cublas_fp32_argmin",
             "vector_quantize_pytorch", "cublas_fp16_product")
+SCALING = ("flash_kmeans", "torch_addmm_tf32", "torch_addmm_fp32", "cublas_tf32_argmin", "cublas_fp32_argmin",
+           "cublas_fp16_product")
 UPDATE = ("rectokens", "torch_index_add", "flash_kmeans", "cub_sort_reduce", "cublas_one_hot")
 
 
@@ -169,7 +177,8 @@ def speedup(rows, set_name, out):
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.set_yticks([-i for i in range(len(lines))], [text for text, _ in lines], fontsize=8)
     axes.set_ylim(-len(lines) + 0.4, 0.6)
-    axes.set_xlabel("time divided by cuvq's: right of the line, cuvq is faster")
+    beforehand = ", codebook prepared" if rows.own_variant == "prepared" else ""
+    axes.set_xlabel(f"time divided by that of cuvq (exact{beforehand}): right of the line, cuvq is faster")
     axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0))
     tidy(axes)
     axes.grid(False, axis="y")
@@ -239,11 +248,12 @@ def main(arguments):
     roofline(rows, out)
     for set_name in ("seed", "models", "large"):
         speedup(rows, set_name, out)
-    scaling(rows, [w for w in QUANTIZE if w != "vector_quantize_pytorch"], quantize_us,
+    scaling(rows, SCALING, quantize_us,
             [(0, {1: 1024, 2: 128}), (1, {0: 65536, 2: 128}), (2, {0: 65536, 1: 1024})],
             "quantize, float32, codes only", out / "scaling_quantize.svg")
-    scaling(rows, UPDATE, update_us, [(0, {1: 1024, 2: 128}), (1, {0: 65536, 2: 128})],
-            "ema_update, float32, uniform codes", out / "scaling_ema_update.svg")
+    scaling(rows, UPDATE + ("read_x",), update_us,
+            [(0, {1: 1024, 2: 128}), (1, {0: 65536, 2: 128}), (2, {0: 65536, 1: 1024})],
+            "ema_update, float32, uniform codes (others than cuvq and RecTokens: sums only)", out / "scaling_ema_update.svg")
     return 0
 
 

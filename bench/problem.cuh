@@ -17,6 +17,7 @@
 #include <cuvq/workspace.hpp>
 
 #include "data.hpp"
+#include "expected.hpp"
 #include "rows.hpp"
 
 namespace cuvq::bench {
@@ -103,13 +104,14 @@ buffer<To> converted(const buffer<From>& from) {
     return to;
 }
 
-/// A codebook_state that can be put back to its start: cluster sizes 1, sums the codebook.
+/// A codebook_state that can be put back to its start: cluster sizes 1, sums the codebook, idle steps spread.
 class ema_memory {
 public:
-    ema_memory(const buffer<float>& codebook, const cuvq::shape& s)
+    ema_memory(const buffer<float>& codebook, const cuvq::shape& s, const ema_params& params)
         : shape_(s),
           start_(codebook),
           ones_(std::vector<float>(static_cast<std::size_t>(s.codes), 1.0f)),
+          idle_(idle_steps(s.codes, params)),
           codebook_(codebook.size()),
           embed_sum_(codebook.size()),
           cluster_size_(s.codes),
@@ -126,18 +128,26 @@ public:
         copy(codebook_, start_, stream);
         copy(embed_sum_, start_, stream);
         copy(cluster_size_, ones_, stream);
-        CUVQ_CHECK_CUDA(cudaMemsetAsync(steps_since_active_.data(), 0, steps_since_active_.bytes(), stream));
+        copy(steps_since_active_, idle_, stream);
         CUVQ_CHECK_CUDA(cudaMemsetAsync(step_.data(), 0, step_.bytes(), stream));
     }
 
 private:
-    static void copy(const buffer<float>& to, const buffer<float>& from, cudaStream_t stream) {
+    static std::vector<std::int32_t> idle_steps(std::int64_t codes, const ema_params& params) {
+        std::vector<std::int32_t> steps(static_cast<std::size_t>(codes));
+        for (std::int64_t k = 0; k < codes; ++k) steps[k] = idle_steps_at_start(k, params);
+        return steps;
+    }
+    template <class T>
+    static void copy(const buffer<T>& to, const buffer<T>& from, cudaStream_t stream) {
         CUVQ_CHECK_CUDA(cudaMemcpyAsync(to.data(), from.data(), to.bytes(), cudaMemcpyDeviceToDevice, stream));
     }
 
     cuvq::shape shape_;
     const buffer<float>& start_;
-    buffer<float> ones_, codebook_, embed_sum_, cluster_size_;
+    buffer<float> ones_;
+    buffer<std::int32_t> idle_;
+    buffer<float> codebook_, embed_sum_, cluster_size_;
     buffer<std::int32_t> steps_since_active_;
     buffer<std::int64_t> step_;
 };

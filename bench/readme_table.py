@@ -10,19 +10,31 @@ import pathlib
 import sys
 
 import results
-from results import quantize_us, update_us
+from results import quantize_row, quantize_us, update_us
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_RUN = "No run is recorded yet; `bench/run_gpu.sh` makes one.\n"
 
+# Columns: rows that hold the times, of which the fastest counts, and a title.
 QUANTIZE = (
-    ("cuvq", "**cuvq**"),
-    ("flash_kmeans", "flash-kmeans"),
-    ("torch_addmm_fp32", "PyTorch FP32"),
-    ("torch_addmm_tf32", "PyTorch TF32"),
-    ("cublas_fp32_argmin", "cuBLAS + CUB FP32"),
-    ("cublas_tf32_argmin", "cuBLAS + CUB TF32"),
-    ("cublas_fp16_product", "FP16 product alone"),
+    (("cuvq/prepared",), "**cuvq**, codebook prepared"),
+    (("cuvq/codes",), "**cuvq**"),
+    (("cuvq/fast",), "cuvq, `accuracy::fast`"),
+    (("flash_kmeans",), "flash-kmeans"),
+    (("rectokens",), "RecTokens"),
+    (("torch_addmm_tf32", "torch_compile_tf32"), "PyTorch TF32 ¹"),
+    (("torch_addmm_fp32", "torch_compile_fp32", "torch_cdist"), "PyTorch FP32 ¹"),
+    (("cublas_tf32_argmin",), "cuBLAS + argmin TF32"),
+    (("cublas_fp32_argmin",), "cuBLAS + argmin FP32"),
+    (("cublas_fp16_product",), "FP16 product alone"),
+)
+PYTORCH = (
+    (("torch_addmm_tf32",), "addmm + argmin, TF32"),
+    (("torch_compile_tf32",), "… compiled, TF32"),
+    (("torch_addmm_fp32",), "addmm + argmin, FP32"),
+    (("torch_compile_fp32",), "… compiled, FP32"),
+    (("torch_cdist",), "cdist + argmin, FP32"),
+    (("vector_quantize_pytorch",), "vector-quantize-pytorch ²"),
 )
 UPDATE = (
     ("cuvq", "**cuvq**"),
@@ -33,6 +45,7 @@ UPDATE = (
     ("cublas_one_hot", "cuBLAS one-hot ¹"),
     ("read_x", "one read of x"),
 )
+UPDATE_RATIOS = ("read_x", "torch_index_add", "rectokens")
 UPDATE_ROWS = (
     ((4096, 512, 64), "uniform"),
     ((65536, 1024, 128), "uniform"),
@@ -50,13 +63,15 @@ OWN = (
     ("`ema_update`", "ema_update", "float", "uniform"),
     ("`train_step`", "train_step", "float", ""),
 )
+OWN_UPDATE = tuple((f"{type_} {codes}", "ema_update", type_, codes)
+                   for type_ in ("float", "half", "bfloat16") for codes in ("uniform", "zipf", "one"))
 CHARTS = (
     ("speedup_seed.svg", "Time of others divided by cuvq's, small shapes"),
     ("speedup_large.svg", "Time of others divided by cuvq's, large shapes"),
     ("speedup_models.svg", "Time of others divided by cuvq's, shapes of models"),
     ("roofline.svg", "Roofline of quantize"),
     ("scaling_quantize.svg", "Time of quantize over N, K and D"),
-    ("scaling_ema_update.svg", "Time of ema_update over N and K"),
+    ("scaling_ema_update.svg", "Time of ema_update over N, K and D"),
 )
 
 
@@ -85,43 +100,91 @@ def shape_name(shape):
     return ", ".join(str(v) for v in shape)
 
 
-def quantize_table(rows, sets):
+def shown(rows, sets):
+    """(text, shape) of the shapes of some sets that cuvq was timed at."""
+    return [(f"{name}: {shape_name(shape)}" if name else shape_name(shape), shape)
+            for s, name, shape in results.named_shapes() if s in sets and quantize_us(rows, "cuvq", shape)]
+
+
+def fastest(rows, names, shape):
+    found = [row for row in (quantize_row(rows, who, shape) for who in names) if row and row.us]
+    return min(found, key=lambda row: row.us) if found else None
+
+
+def quantize_table(rows, sets, columns):
     lines = []
-    for set_name, name, shape in results.named_shapes():
-        if set_name not in sets or quantize_us(rows, "cuvq", shape) is None:
-            continue
-        cells = [cell(quantize_us(rows, who, shape), rows.get("quantize", who, shape, variant="codes"))
-                 for who, _ in QUANTIZE]
-        cells[0] = f"**{cells[0]}**"
-        lines.append((f"{name}: {shape_name(shape)}" if name else shape_name(shape), cells))
-    return table("N, K, D", [title for _, title in QUANTIZE], lines) if lines else ""
+    for text, shape in shown(rows, sets):
+        found = [fastest(rows, names, shape) for names, _ in columns]
+        cells = [cell(row.us, row) if row else "–" for row in found]
+        lines.append((text, [f"**{c}**" if title.startswith("**") and c != "–" else c
+                             for c, (_, title) in zip(cells, columns)]))
+    return table("N, K, D", [title for _, title in columns], lines) if lines else ""
 
 
-def update_cell(rows, who, shape, codes):
-    if who == "read_x":
-        return number(rows.us("floor", who, shape))
-    if who in ("rectokens", "cublas_one_hot"):  # measured with uniform codes only
-        return number(update_us(rows, who, shape)) if codes == "uniform" else "–"
-    return number(rows.us("ema_update" if who == "cuvq" else "accumulate", who, shape, variant=codes))
+def ratio(numerator, denominator):
+    if numerator is None or not denominator:
+        return "–"
+    value = numerator / denominator
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.4f}"
+
+
+def ratio_table(rows):
+    """What cuvq's times are in shares of others, and of each other."""
+    own = rows.own_variant
+    columns = ("÷ FP16 product alone", "÷ flash-kmeans", "÷ fastest PyTorch", "fast ÷ exact",
+               "added by quantized, distances ÷ copy of x", "half ÷ float", "bfloat16 ÷ float", "hard ÷ normal data",
+               "`train_step` ÷ (`quantize` + 0.9 `ema_update`)", "`ema_update` ÷ one read of x")
+    pytorch = [who for names, title in PYTORCH[:5] for who in names]
+    lines = []
+    for text, shape in shown(rows, ("seed", "large", "models")):
+        def us(test, type_, variant):
+            return rows.us(test, "cuvq", shape, type_, variant)
+
+        exact, codes = us("quantize", "float", own), us("quantize", "float", "codes")
+        everything = us("quantize", "float", "all")
+        update = us("ema_update", "float", "uniform")
+        best = fastest(rows, pytorch, shape)
+        lines.append((text, [
+            ratio(exact, quantize_us(rows, "cublas_fp16_product", shape)),
+            ratio(exact, quantize_us(rows, "flash_kmeans", shape)),
+            ratio(exact, best.us if best else None),
+            ratio(us("quantize", "float", "fast"), exact),
+            ratio(everything - codes if everything and codes else None, rows.us("floor", "copy_x", shape)),
+            ratio(us("quantize", "half", own), exact),
+            ratio(us("quantize", "bfloat16", own), exact),
+            ratio(us("quantize", "float", own + "/hard"), exact),
+            ratio(us("train_step", "float", ""), codes + 0.9 * update if codes and update else None),
+            ratio(update, update_us(rows, "read_x", shape))]))
+    return table("N, K, D", columns, lines) if lines else ""
 
 
 def update_table(rows):
     lines = []
     for shape, codes in UPDATE_ROWS:
-        cells = [update_cell(rows, who, shape, codes) for who, _ in UPDATE]
-        if cells[0] != "–":
-            cells[0] = f"**{cells[0]}**"
+        times = {who: update_us(rows, who, shape, codes) for who, _ in UPDATE}
+        if times["cuvq"]:
+            cells = [f"**{number(times['cuvq'])}**", *(number(times[who]) for who, _ in UPDATE[1:]),
+                     *(ratio(times["cuvq"], times[who]) for who in UPDATE_RATIOS)]
             lines.append((f"{shape_name(shape)}, {'all on one code' if codes == 'one' else codes}", cells))
-    return table("N, K, D, codes", [title for _, title in UPDATE], lines) if lines else ""
+    titles = dict(UPDATE)
+    columns = [*titles.values(), *(f"cuvq ÷ {titles[who].removesuffix(' ¹')}" for who in UPDATE_RATIOS)]
+    return table("N, K, D, codes", columns, lines) if lines else ""
 
 
-def own_table(rows):
+def own_table(rows, sets, columns):
     lines = []
-    for set_name, _, shape in results.named_shapes():
-        found = [rows.get(test, "cuvq", shape, type_, variant) for _, test, type_, variant in OWN]
-        if set_name in ("seed", "large") and any(row and row.us for row in found):
-            lines.append((shape_name(shape), [cell(row.us if row else None, row) for row in found]))
-    return table("N, K, D", [title for title, *_ in OWN], lines) if lines else ""
+    for text, shape in shown(rows, sets):
+        found = [rows.get(test, "cuvq", shape, type_, variant) for _, test, type_, variant in columns]
+        if any(row and row.us for row in found):
+            lines.append((text, [cell(row.us if row else None, row) for row in found]))
+    return table("N, K, D", [title for title, *_ in columns], lines) if lines else ""
+
+
+def folded(title, *parts):
+    """A block to be opened by its title; empty if it has no tables."""
+    if not any(parts):
+        return []
+    return [f"<details><summary>{title}</summary>\n", *(p for p in parts if p), "</details>\n"]
 
 
 def block(rows, directory, readme):
@@ -129,18 +192,23 @@ def block(rows, directory, readme):
         return NO_RUN
     parts = [f"Medians in µs; {rows.run_text()}. `bench/run_gpu.sh` repeats the run; `cuvq_bench --help` says how each "
              "row is taken.\n"]
-    quantize = quantize_table(rows, ("seed", "large"))
+    quantize = quantize_table(rows, ("seed", "large"), QUANTIZE)
     if quantize:
-        parts += ["`quantize`, float32, codes only. In parentheses: wrong codes among up to 4096 rows.\n", quantize]
-    models = quantize_table(rows, ("models",))
-    if models:
-        parts += ["<details><summary>Shapes of models</summary>\n", models, "</details>\n"]
+        parts += ["`quantize`, float32, codes only. In parentheses: wrong codes among up to 4096 rows. ¹ The fastest of "
+                  "addmm + argmin, the same compiled, and cdist + argmin.\n", quantize]
+    parts += folded("Shapes of models", quantize_table(rows, ("models",), QUANTIZE))
+    pytorch = quantize_table(rows, ("seed", "large", "models"), PYTORCH)
+    parts += folded("PyTorch, each way by itself", pytorch and "² The whole layer, host time included.\n", pytorch)
     update = update_table(rows)
     if update:
         parts += ["`ema_update`, float32, given codes. ¹ Counts and sums only, no update.\n", update]
-    own = own_table(rows)
+    own = own_table(rows, ("seed", "large"), OWN)
     if own:
         parts += ["cuvq alone: float32 vectors and codes only, except where said.\n", own]
+    parts += folded("cuvq alone: shapes of models", own_table(rows, ("models",), OWN))
+    parts += folded("cuvq alone: `ema_update` by type of the vectors and by codes",
+                    own_table(rows, ("seed", "large", "models"), OWN_UPDATE))
+    parts += folded("cuvq's times divided by others, and by each other", ratio_table(rows))
     for file, text in CHARTS:
         if (directory / file).exists():
             path = os.path.relpath(directory / file, readme.parent).replace(os.sep, "/")

@@ -2,8 +2,10 @@
 # cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 """The benchmark's JSON files: named shapes, rows, and how a file is written small.
 
-usage: results.py FILE.json...   cuts files that cuvq_bench wrote to what is read of them, in place: no name of the
-                                 machine, no paths, one row to a line
+usage: results.py FILE.json...      cuts files that cuvq_bench wrote to what is read of them, in place: no name of the
+                                    machine, no paths, one row to a line
+       results.py --ratios DIRECTORY   gives the rows of cuvq in the files of one run the counters vs_PEER for those
+                                    peers that peers.py timed
 """
 
 import json
@@ -98,7 +100,14 @@ class Results:
                 row = parse_row(entry)
                 if row.key not in rows or rows[row.key].us is None:
                     rows[row.key] = row
+        commits = {c["commit"] for c in self.contexts if "commit" in c}
+        if len(commits) > 1:
+            sys.exit(f"{directory} holds runs of several commits ({', '.join(sorted(commits))}): keep one")
         self.rows = list(rows.values())
+        # Of cuvq's quantize, what stands beside peers: with a codebook prepared beforehand, as theirs are, where that
+        # was timed.
+        prepared = any((r.test, r.who, r.variant) == ("quantize", "cuvq", "prepared") for r in self.rows)
+        self.own_variant = "prepared" if prepared else "codes"
         self._by_key = rows
 
     def __bool__(self):
@@ -132,18 +141,53 @@ class Results:
         return ", ".join(parts)
 
 
-def quantize_us(rows, who, shape):
-    """Time of finding codes of float32 vectors, or None."""
+def quantize_row(rows, who, shape):
+    """The row of finding codes of float32 vectors, or None; of cuvq its `own_variant`, or which `who` names, as in
+    "cuvq/fast"."""
     if who == "cublas_fp16_product":
-        return rows.us("quantize", who, shape, type_="half")
-    return rows.us("quantize", who, shape, variant="codes")
+        return rows.get("quantize", who, shape, type_="half")
+    who, _, variant = who.partition("/")
+    return rows.get("quantize", who, shape, variant=variant or (rows.own_variant if who == "cuvq" else "codes"))
 
 
-def update_us(rows, who, shape):
-    """Time of an EMA update by uniform codes, or of those that only make sums, of sums; or None."""
+def quantize_us(rows, who, shape):
+    row = quantize_row(rows, who, shape)
+    return row.us if row else None
+
+
+def update_us(rows, who, shape, codes="uniform"):
+    """Time of an EMA update by given codes, or of those that only make sums, of sums; or None."""
+    if who == "read_x":
+        return rows.us("floor", who, shape)
     if who in ("cuvq", "rectokens"):
-        return rows.us("ema_update", who, shape, variant="uniform")
-    return rows.us("accumulate", who, shape, variant="" if who == "cublas_one_hot" else "uniform")
+        return rows.us("ema_update", who, shape, variant=codes)
+    if who == "cublas_one_hot":  # its time does not depend on the codes
+        return rows.us("accumulate", who, shape)
+    return rows.us("accumulate", who, shape, variant=codes)
+
+
+def comparable(mine, peer):
+    """Whether a row of cuvq names its time as a share of that peer's; as cuvq_bench decides it of its own peers."""
+    if mine.who != "cuvq" or peer.us is None or (mine.shape, mine.type) != (peer.shape, peer.type):
+        return False
+    if mine.variant.endswith("hard"):
+        return False
+    if mine.test == "quantize":
+        return peer.test == "quantize"
+    return (peer.test == mine.test or (peer.test, mine.test) == ("accumulate", "ema_update")) and \
+        peer.variant in ("", mine.variant)
+
+
+def add_ratios(directory):
+    files = {path: json.loads(path.read_text()) for path in sorted(pathlib.Path(directory).glob("*.json"))}
+    peers = [parse_row(e) for path, content in files.items() if path.name.startswith("peers")
+             for e in content["benchmarks"]]
+    for path, content in files.items():
+        for entry in content["benchmarks"]:
+            mine = parse_row(entry)
+            if mine.us is not None:
+                entry.update({"vs_" + p.who: mine.us / p.us for p in peers if comparable(mine, p)})
+        write(path, content["context"], content["benchmarks"])
 
 
 def rounded(value):
@@ -170,6 +214,9 @@ def write(path, context, entries):
 
 
 def main(arguments):
+    if len(arguments) == 2 and arguments[0] == "--ratios":
+        add_ratios(arguments[1])
+        return 0
     if not arguments or any(a.startswith("-") for a in arguments):
         print(__doc__.strip())
         return 0 if arguments in (["-h"], ["--help"]) else 2

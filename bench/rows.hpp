@@ -3,6 +3,8 @@
 // What a row of the benchmark is called, how much work it stands for, and which counters it gets.
 #pragma once
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -87,19 +89,38 @@ inline work train_step_work(const cuvq::shape& s, int element) {
     return product_work(s, ema_update_work(s, element).bytes + codebook_bytes(s));
 }
 
-/// How a row compares with a float64 computation; negative where it was not compared.
+/// How a row compares with a float64 computation; negative where it was not compared. Errors are relative (Frobenius
+/// norm).
 struct verdict {
     std::int64_t wrong = -1, compared = 0;  ///< codes
-    double sum_error = -1;                  ///< relative, of sums
+    bool approximate = false;               ///< wrong codes are counted, but are no fault
+    double count_error = -1;                ///< of counts; of an EMA state, of cluster sizes and idle steps
+    double sum_error = -1;                  ///< of sums; of an EMA state, of embed_sum
+    double codebook_error = -1;
 };
 
-/// Largest sum_error that goes without a mark. Sums of a million vectors around zero nearly cancel, which costs float32
-/// sums three digits.
-inline constexpr double most_sum_error = 1e-4;
+/// Largest errors that go without a mark. Sums of a million vectors around zero nearly cancel, which costs float32 sums
+/// three digits; counts are whole numbers, and one too many in a million must show.
+inline constexpr double most_sum_error = 1e-4, most_count_error = 5e-7;
+
+/// Relative error from sums of squares: of what should be, and of how far off it is.
+inline double relative_error(double should, double off) { return off == 0 ? 0 : std::sqrt(off / should); }
+/// The larger error; NaN if one is.
+inline double worse(double a, double b) { return a >= b || std::isnan(a) ? a : b; }
 
 /// Fills the counters of rows; remembers times, so that later rows can be put beside earlier ones.
 class report {
 public:
+    /// @param budget  seconds from now after which rows are skipped
+    explicit report(double budget) : budget_(budget) {}
+
+    /// Why no further row may start; empty if one may.
+    std::string out_of_time() const {
+        const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start_;
+        if (spent.count() < budget_) return "";
+        return "skipped: the budget of " + std::to_string(std::lround(budget_)) + " s is spent";
+    }
+
     /// The card's rates, per microsecond, once measured.
     double most_flops = 0, most_bytes = 0;
 
@@ -123,21 +144,29 @@ public:
             for (const auto& [peer, us] : times_)
                 if (comparable(r, peer)) c["vs_" + peer.who] = m.us / us;
         if (v.wrong >= 0) c["wrong"] = static_cast<double>(v.wrong);
+        if (!(v.count_error < 0)) c["count_error"] = v.count_error;
         if (!(v.sum_error < 0)) c["sum_error"] = v.sum_error;
-        std::string mark;
-        if (v.wrong > 0)
-            mark = "WRONG CODES: " + std::to_string(v.wrong) + " of " + std::to_string(v.compared) + " rows";
-        if (!(v.sum_error <= most_sum_error)) mark = "WRONG SUMS";
-        if (!mark.empty()) {
-            label = mark + (label.empty() ? "" : "; " + label);
+        if (!(v.codebook_error < 0)) c["codebook_error"] = v.codebook_error;
+        const auto note = [&](const std::string& what) { label = what + (label.empty() ? "" : "; " + label); };
+        const auto mark = [&](bool good, const std::string& what) {
+            if (good) return;
+            note("WRONG " + what);
             fail(r);
-        }
+        };
+        const std::string codes = std::to_string(v.wrong) + " of " + std::to_string(v.compared) + " rows";
+        if (v.approximate && v.wrong > 0) note("not exact: " + codes);
+        mark(v.wrong <= 0 || v.approximate, "CODES: " + codes);
+        mark(v.count_error <= most_count_error, "COUNTS");
+        mark(v.sum_error <= most_sum_error, "SUMS");
+        mark(v.codebook_error <= most_sum_error, "CODEBOOK");
         state.SetLabel(label);
         times_.emplace_back(r, m.us);
     }
 
 private:
     std::vector<std::pair<row, double>> times_;
+    std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+    double budget_;
     bool good_ = true;
 };
 

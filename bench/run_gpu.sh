@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 #
-# The whole measured run on this machine's GPU, peers included: under 8 minutes on an H100. Builds cuvq_bench where
-# there is no build yet. Leaves JSON files for plot.py and readme_table.py.
+# The whole measured run on this machine's GPU, peers included, in under 8 minutes: what there is no time for is skipped
+# and says so. Builds cuvq_bench, before that time starts, where there is no build yet. Leaves JSON files for plot.py and
+# readme_table.py in place of those of an earlier run.
 #
 # usage: bench/run_gpu.sh [build-dir [output-dir]]     (default: build/bench, bench/results)
 #
@@ -34,35 +35,46 @@ fi
 
 commit=${CUVQ_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
 mkdir -p "$out"
+rm -f "$out"/{cuvq_,peers}*.json
 failed=0
+SECONDS=0
+total=455 # seconds in which rows may start; a step that overruns is killed 15 s after its share, so all end before 480
 
-# measure NAME FLAG...: a run of cuvq_bench that ends up in NAME.json. Wrong codes fail the script, at its end.
+# run NAME SHARE COMMAND...: a step that leaves NAME.json, in at most SHARE seconds or what is left of all.
+run() {
+    local name=$1 share=$2 left=$((total - SECONDS)) start=$SECONDS
+    shift 2
+    if [ "$left" -lt "$share" ]; then share=$left; fi
+    if [ "$share" -lt 5 ]; then
+        echo "run_gpu.sh: $name: skipped: no time left"
+        return
+    fi
+    local code=0
+    timeout --kill-after=5 $((share + 10)) "$@" --budget="$share" || code=$?
+    if [ "$code" -ne 0 ]; then
+        echo "run_gpu.sh: $name: exit code $code" >&2
+        failed=1
+    fi
+    if [ "$code" -ge 124 ]; then rm -f "$out/$name.json"; fi # killed: the file is cut short
+    echo "run_gpu.sh: $name: $((SECONDS - start)) s"
+}
+
+# measure NAME SHARE FLAG...: a run of cuvq_bench. Wrong codes fail the script, at its end.
 measure() {
     local file=$out/$1.json
-    shift
-    SECONDS=0
-    "$bench" --time=0.05 "$@" --benchmark_out="$file" --benchmark_out_format=json \
-        --benchmark_context=commit="$commit",driver="$driver" || failed=1
-    "$python" "$root/bench/results.py" "$file" || failed=1
-    echo "run_gpu.sh: $(basename "$file"): $SECONDS s"
+    run "$1" "$2" "$bench" --time=0.05 "${@:3}" --benchmark_out="$file" --benchmark_out_format=json \
+        --benchmark_context=commit="$commit",driver="$driver"
+    if [ -e "$file" ]; then "$python" "$root/bench/results.py" "$file" || failed=1; fi
 }
 
-# peers NAME FLAG...: the same with peers.py.
-peers() {
-    local file=$out/$1.json
-    shift
-    SECONDS=0
-    "$python" "$root/bench/peers.py" --seconds=0.05 "$@" --out="$file" --context=commit="$commit" \
-        --context=driver="$driver" || failed=1
-    echo "run_gpu.sh: $(basename "$file"): $SECONDS s"
-}
-
-measure cuvq_float --shapes=seed,models,large
-measure cuvq_half --shapes=seed,large --types=half,bfloat16 --codes=uniform
-measure cuvq_hard --shapes=large --data=hard --cases=quantize --no-peers
-measure cuvq_scaling --shapes=scaling --cases=quantize,ema_update --codes=uniform
-peers peers --shapes=seed,models,large --budget=240
-peers peers_scaling --shapes=scaling --budget=45 --cases=quantize,accumulate \
-    --peers=torch_addmm_fp32,torch_addmm_tf32,flash_kmeans,torch_index_add
+# Single precision, then the peers, and the other types with what is left. RecTokens alone takes minutes to tune itself.
+measure cuvq_float 75 --shapes=large,seed,models
+measure cuvq_hard 15 --shapes=large --data=hard --cases=quantize --no-peers
+measure cuvq_scaling 45 --shapes=scaling --cases=quantize,ema_update --codes=uniform
+run peers 335 "$python" "$root/bench/peers.py" --shapes=seed,large,models,scaling --seconds=0.05 \
+    --out="$out/peers.json" --context=commit="$commit" --context=driver="$driver"
+measure cuvq_half 120 --shapes=large,seed,models --types=half,bfloat16
+"$python" "$root/bench/results.py" --ratios "$out" || failed=1
+echo "run_gpu.sh: $SECONDS s in all"
 
 exit "$failed"

@@ -27,7 +27,8 @@ static __global__ void hold_the_stream(long long cycles) {
 class stopwatch {
 public:
     /// @param seconds spent on the samples of a row
-    explicit stopwatch(double seconds) : seconds_(seconds) {
+    /// @param fewest  samples that are taken however long they take
+    explicit stopwatch(double seconds, std::size_t fewest = 3) : seconds_(seconds), fewest_(fewest) {
         CUVQ_CHECK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
         CUVQ_CHECK_CUDA(cudaEventCreate(&start_));
         CUVQ_CHECK_CUDA(cudaEventCreate(&stop_));
@@ -68,7 +69,7 @@ public:
 
         std::vector<double> samples;
         double total = 0;
-        while (samples.size() < 3 || (total < seconds_ * 1e6 && samples.size() < 201)) {
+        while (samples.size() < fewest_ || (total < seconds_ * 1e6 && samples.size() < 201)) {
             prepare();
             hold_the_stream<<<1, 1, 0, stream_>>>(50000);
             begin();
@@ -122,6 +123,7 @@ private:
     }
 
     double seconds_;
+    std::size_t fewest_;
     cudaStream_t stream_ = nullptr;
     cudaEvent_t start_ = nullptr, stop_ = nullptr;
 };
