@@ -62,6 +62,36 @@ void quantize_simt(const XView& x, const CodebookView& codebook, const CodesView
                    nullptr, 0, args, kernel::search_tally{});
 }
 
+/// The search of many rows on Hopper, whatever their number: codes only. `aside`: rows of many candidates are put
+/// aside, whatever the number of codes. False where there is no such search.
+template <class XView, class CodebookView, class CodesView>
+bool quantize_many(const XView& x, const CodebookView& codebook, const CodesView& codes, bool aside) {
+    const auto args = detail::validate_quantize("quantize_many", x, codebook, codes, discard, discard, {});
+    int device = 0, major = 0, processors = 0;
+    CUVQ_CHECK_CUDA(cudaGetDevice(&device));
+    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    if (args.x.rows == 0 || major != 9) return false;
+    const std::int64_t k = args.codebook.rows;
+    const shape room{args.x.rows, aside ? std::max<std::int64_t>(k, aside_from_codes + 1) : k, args.x.columns};
+    detail::carver measure;
+    dispatch::search_scratch(measure, room, {});
+    const device_workspace ws(measure.bytes());
+    detail::carver c(ws.lent().data);
+    dispatch::search_scratch scratch(c, room, {});
+    if (!aside) scratch.aside.capacity = 0;
+    bool launched = false;
+    dispatch::with_sm90_tile(args.x.columns, [&](auto tile) {
+        dispatch::prepare<decltype(tile)>(args.codebook, scratch.image, nullptr);
+        dispatch::quantize_sm90_many<decltype(tile)>(args, {}, scratch, true, (args.x.rows - 1) / 64 + 1, processors,
+                                                     nullptr);
+        launched = true;
+    });
+    CUVQ_CHECK_CUDA(cudaDeviceSynchronize());
+    EXPECT_TRUE(ws.guard_untouched());
+    return launched;
+}
+
 /// The memory of a search that asks for everything.
 template <class X, class C, class Int = std::int32_t>
 struct search_memory {
@@ -134,6 +164,11 @@ found<X> expect_exact(const matrix<X>& x, const matrix<C>& codebook, row_layout 
     EXPECT_EQ(plain.codes, got.codes) << "on the CUDA cores";
     EXPECT_TRUE(same_bits(plain.quantized, got.quantized)) << "on the CUDA cores";
     EXPECT_TRUE(same_bits(plain.distances, got.distances)) << "on the CUDA cores";
+    for (const bool aside : {false, true}) {
+        memory.poison_outputs();
+        if (quantize_many(memory.x.view(), memory.codebook.view(), memory.codes.view(), aside))
+            EXPECT_EQ(memory.outcome().codes, got.codes) << "as if there were many rows, aside: " << aside;
+    }
     return got;
 }
 
@@ -588,6 +623,118 @@ TEST_F(QuantizeSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
               0u);
     EXPECT_TRUE(memory.outputs_untouched());
     EXPECT_TRUE(narrow.untouched());
+}
+
+// ---- prepared codebooks ---------------------------------------------------------------------------------------------
+
+TEST_F(QuantizeSmall, APreparedCodebookServesManyBatches) {
+    random_source random;
+    for (const std::int64_t d : {3, 64, 100, 256, 300}) {
+        const auto codebook = random.normals<float>(700, d);
+        const device_matrix<float> rows(codebook);
+        const device_workspace prepared(prepared_codebook_bytes(700, d));
+        prepare(rows.view(), {prepared.lent().data, prepared.lent().bytes});
+        for (const std::int64_t n : {1, 200, 9000, 40000}) {
+            SCOPED_TRACE(testing::Message() << n << " rows, D = " << d);
+            search_memory<float, float> memory(random.normals<float>(n, d), codebook);
+            memory.run();
+            const auto without = memory.outcome();
+            memory.poison_outputs();
+            memory.params.prepared = {prepared.lent().data, prepared.lent().bytes};
+            const device_workspace ws(quantize_workspace_bytes(memory.size, memory.params));
+            memory.run(ws.lent());
+            EXPECT_TRUE(same(memory.outcome(), without));
+            EXPECT_TRUE(ws.guard_untouched());
+        }
+        EXPECT_TRUE(prepared.guard_untouched());
+    }
+}
+
+TEST_F(QuantizeSmall, AnUnfitPreparedCodebookIsRefused) {
+    random_source random;
+    search_memory<float, float> memory(random.normals<float>(10, 8), random.normals<float>(20, 8));
+    const std::size_t bytes = prepared_codebook_bytes(20, 8);
+    const device_workspace space(bytes + 256);
+    char* data = static_cast<char*>(space.lent().data);
+    const auto wants = [&](const prepared_codebook& p, const std::string& got, const std::string& wanted) {
+        memory.params.prepared = p;
+        memory.poison_outputs();
+        EXPECT_EQ(refusal([&] { memory.run(); }), "cuvq::quantize: params.prepared: got " + got + "; wants " + wanted);
+        const std::string room = std::to_string(bytes) + " bytes of device memory";
+        EXPECT_EQ(refusal([&] { prepare(memory.codebook.view(), p); }),
+                  "cuvq::prepare: prepared: got " + got + "; wants " + (p.data ? wanted : room));
+        EXPECT_TRUE(memory.outputs_untouched());
+    };
+    wants({nullptr, bytes}, "a null pointer", "a device pointer, or none at all");
+    wants({data + 128, bytes}, "a misaligned pointer", "256-byte alignment");
+    wants({data, bytes - 1}, std::to_string(bytes - 1) + " bytes", "at least " + std::to_string(bytes));
+}
+
+// ---- accuracy::fast -------------------------------------------------------------------------------------------------
+
+/// The documented bound of `accuracy::fast`, the same codes twice, and -1 where `exact` has it.
+template <class X>
+void expect_fast(const matrix<X>& x, const matrix<float>& codebook) {
+    SCOPED_TRACE(testing::Message() << x.rows << " rows, " << codebook.rows << " codes, D = " << x.columns);
+    search_memory<X, float> memory(x, codebook);
+    memory.run();
+    const auto exact = memory.outcome();
+    memory.params.accuracy = accuracy::fast;
+    memory.poison_outputs();
+    memory.run();
+    const auto fast = memory.outcome();
+    memory.poison_outputs();
+    memory.run();
+    EXPECT_TRUE(same(memory.outcome(), fast));
+
+    std::vector<double> mean(static_cast<std::size_t>(x.columns));
+    for (std::int64_t k = 0; k < codebook.rows; ++k)
+        for (std::int64_t d = 0; d < x.columns; ++d) mean[d] += double(codebook.at(k, d)) / double(codebook.rows);
+    const auto norm = [&](const auto& m, std::int64_t i) {
+        double sum = 0;
+        for (std::int64_t d = 0; d < x.columns; ++d) sum += std::pow(double(m.at(i, d)) - mean[d], 2);
+        return std::sqrt(sum);
+    };
+    double largest = 0;
+    for (std::int64_t k = 0; k < codebook.rows; ++k) largest = std::max(largest, norm(codebook, k));
+    for (std::int64_t i = 0; i < x.rows; ++i) {
+        const std::int64_t k = fast.codes[i], best = exact.codes[i];
+        ASSERT_EQ(k < 0, best < 0) << "row " << i;
+        if (k < 0) continue;
+        double excess = 0;
+        for (std::int64_t d = 0; d < x.columns; ++d)
+            excess += std::pow(double(x.at(i, d)) - double(codebook.at(k, d)), 2) -
+                      std::pow(double(x.at(i, d)) - double(codebook.at(best, d)), 2);
+        ASSERT_LE(excess, std::pow(norm(x, i) + largest, 2) / 256) << "row " << i;
+    }
+}
+
+TEST_F(QuantizeSmall, FastCodesAreWithinTheirBound) {
+    random_source random;
+    for (const std::int64_t d : {1, 8, 64, 100, 256, 300}) {
+        expect_fast(random.normals<float>(300, d), random.normals<float>(1000, d));
+        expect_fast(random.normals<float>(20000, d), random.normals<float>(300, d));
+        expect_fast(random.normals<__half>(300, d), random.normals<float>(500, d));
+    }
+    auto x = random.normals<float>(100, 32), codebook = random.normals<float>(90, 32);
+    x(7, 31) = nan;
+    x(50, 0) = -inf;
+    codebook(3, 3) = nan;
+    for (std::int64_t d = 0; d < 32; ++d) x(20, d) *= 1e30f;
+    expect_fast(x, codebook);
+}
+
+TEST_F(QuantizeSmall, FastTakesTheLowestOfEqualCodes) {
+    random_source random;
+    for (const std::int64_t n : {50, 20000}) {
+        const auto half = random.normals<float>(700, 40);
+        const auto codebook =
+            matrix<float>::generate(1400, 40, [&](auto k, auto d) { return half.at((k * 37) % 700, d); });
+        search_memory<float, float> memory(random.normals<float>(n, 40), codebook);
+        memory.params.accuracy = accuracy::fast;
+        memory.run();
+        for (const auto code : memory.outcome().codes) ASSERT_LT(code, 700);
+    }
 }
 
 // ---- determinism ----------------------------------------------------------------------------------------------------

@@ -90,14 +90,14 @@ struct search_scratch {
     search_scratch(detail::carver& c, const shape& s, const prepared_codebook& from) : prepared(from.data != nullptr) {
         detail::carver own(from.data);
         image = take_image(prepared ? own : c, s.codes, s.dimensions);
+        if (s.codes <= aside_from_codes) return;
         // A segment per warp that writes codes, on as many processors as are provided for: 24 bytes per row in all.
         const std::int64_t groups = (s.vectors + kernel::row_results::rows - 1) / kernel::row_results::rows;
         const std::int64_t segments = std::min<std::int64_t>(groups * kernel::finishing_warps, kernel::most_segments);
-        const std::int64_t capacity = std::min<std::int64_t>(segments > 0 ? s.vectors * 3 / 4 / segments : 0, 256);
-        aside.rows = c.take<kernel::row_aside>(segments * capacity);
-        aside.used = c.take<int2>(segments);
+        aside.capacity = segments > 0 ? static_cast<int>(std::min<std::int64_t>(s.vectors * 3 / 4 / segments, 256)) : 0;
+        aside.rows = c.take<kernel::row_aside>(segments * aside.capacity);
+        aside.used = c.take<int>(segments);
         aside.shared = c.take<kernel::shared_row>(kernel::most_shared_rows);
-        aside.capacity = static_cast<int>(capacity);
     }
 };
 
@@ -153,8 +153,9 @@ std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const k
     detail::launch_dependent(search, static_cast<unsigned>(blocks), static_cast<unsigned>(shared::threads), stream,
                              shared::allocated, 1, args, scratch.image, tally, scratch.aside, skip_tiles, exact,
                              kernel::tag_mask);
-    detail::launch_dependent(kernel::settle_aside<X, C>, settle_blocks, kernel::settle_threads, stream, 0, 1, args,
-                             tally, scratch.aside, static_cast<int>(blocks * kernel::finishing_warps));
+    if (scratch.aside.capacity > 0)
+        detail::launch_dependent(kernel::settle_aside<X, C>, settle_blocks, kernel::settle_threads, stream, 0, 1, args,
+                                 tally, scratch.aside, static_cast<int>(blocks * kernel::finishing_warps));
     if (!kernel::wants_rows(args, tally)) return 0;
     const unsigned output_blocks = detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, processors * 8);
     detail::launch_dependent(kernel::write_outputs<X, C>, output_blocks, kernel::outputs_threads, stream, 0, 1, args,

@@ -15,20 +15,27 @@ struct simt_tile {
     static constexpr int depth = 16;
 };
 
-/// `kernel/quantize_sm90.cuh`: operands of `steps` times 16 columns (D + 3 of them in use), `consumers` warpgroups of
-/// 64 rows, `row_buffers` operands of 64 rows, and `stages` tiles of 128 codes in flight.
-template <int Steps, int Consumers, int RowBuffers, int Stages>
+/// The searches on Hopper. Operands of `steps` times 16 columns, D + 3 of them in use.
+/// `kernel/quantize_sm90.cuh`: `consumers` warpgroups of 64 rows, `row_buffers` operands of 64 rows, and `stages` tiles
+/// of 128 codes in flight. `kernel/quantize_sm90_few.cuh`: `few_groups` warpgroups score 64 rows, with `few_stages`
+/// tiles in flight, as many for each.
+template <int Steps, int Consumers, int RowBuffers, int Stages, int FewGroups, int FewStages>
 struct sm90_tile {
     static constexpr int steps = Steps;
     static constexpr int consumers = Consumers;
     static constexpr int row_buffers = RowBuffers;
     static constexpr int stages = Stages;
+    static constexpr int few_groups = FewGroups;
+    static constexpr int few_stages = FewStages;
     static constexpr int dimensions = 16 * Steps - 3;  // at most
 };
-using sm90_d13 = sm90_tile<1, 3, 6, 8>;
-using sm90_d77 = sm90_tile<5, 3, 6, 5>;
-using sm90_d141 = sm90_tile<9, 3, 5, 3>;
-using sm90_d269 = sm90_tile<17, 2, 2, 2>;
+using sm90_d13 = sm90_tile<1, 3, 6, 8, 4, 8>;
+using sm90_d77 = sm90_tile<5, 3, 6, 5, 4, 8>;
+using sm90_d141 = sm90_tile<9, 3, 5, 3, 4, 4>;
+using sm90_d269 = sm90_tile<17, 2, 2, 2, 2, 2>;
+
+/// Codebooks of more codes have rows with very many candidates settled by a launch of their own.
+inline constexpr long long aside_from_codes = 2048;
 
 /// Up to so many groups of 64 rows per processor, `kernel/quantize_sm90_few.cuh` is the faster one.
 inline constexpr int few_waves = 1;

@@ -17,8 +17,7 @@ namespace cuvq::kernel {
 struct row_results {
     static constexpr int rows = 64, words = 8;
     // A word is a code, or
-    static constexpr int group = 1 << 30;          // group | tile << 2 | q: codes of that tile held by thread q of 4
-    static constexpr int column = 1 << 29;         // column | q: codes of all tiles held by thread q
+    static constexpr int column = 1 << 29;         // column | q: all codes that thread q of 4 scored
     static constexpr int everything = 0x7FFFFFFF;  // the whole codebook
     static constexpr std::int64_t most_codes = 1 << 29;
 
@@ -43,7 +42,8 @@ __device__ inline int tagged(float score, int mask, int tag) {
     return r;
 }
 
-/// The two best tiles of one row's columns in one thread, and the best of all that was dropped.
+/// The two best tiles of one row's columns in one thread, with the two best scores of each, and the best of all that
+/// was dropped while it could still win.
 struct leaders {
     static constexpr int least = -0x7FFFFFFF;
     int best = least, best_runner = least, best_tile = 0;
@@ -101,9 +101,24 @@ __device__ inline int row_largest(int v) {
     return max(v, __shfl_xor_sync(0xFFFFFFFFu, v, 2));
 }
 
-/// Offers the scores of a tile to the leaders of a thread's two rows. Not `exact`: without the runners-up.
-__device__ inline void offer_tile(const float (&score)[64], int tile, int mask, bool exact, leaders& lead0,
-                                  leaders& lead1) {
+/// The largest but two of a thread's tagged scores of one of its two rows: the largest below `runner`.
+__device__ inline int third_largest(const int (&s)[64], int half, int runner) {
+    int third = leaders::least;
+#pragma unroll
+    for (int j = 0; j < 64; j += 4) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int v = s[j + 2 * half + i];
+            third = max(third, v < runner ? v : leaders::least);
+        }
+    }
+    return third;
+}
+
+/// Offers the scores of a tile to the leaders of a thread's two rows with their error bounds. Not `exact`: without the
+/// runners-up.
+__device__ inline void offer_tile(const float (&score)[64], int tile, int mask, bool exact, float error0, float error1,
+                                  leaders& lead0, leaders& lead1) {
     int s[64];  // (16 pairs of codes, 2 rows, 2)
 #pragma unroll
     for (int i = 0; i < 64; ++i) s[i] = tagged(score[i], mask, 31 - (i / 4 * 2 + i % 2));
@@ -128,8 +143,17 @@ __device__ inline void offer_tile(const float (&score)[64], int tile, int mask, 
         near2 = __viaddmax_u32(static_cast<unsigned>(s[j + 2]), from1, near2);
         near3 = __viaddmax_u32(static_cast<unsigned>(s[j + 3]), from1, near3);
     }
-    lead0.offer(top0, static_cast<int>(max(near0, near1) + static_cast<unsigned>(top0)), tile);
-    lead1.offer(top1, static_cast<int>(max(near2, near3) + static_cast<unsigned>(top1)), tile);
+    const int runner0 = static_cast<int>(max(near0, near1) + static_cast<unsigned>(top0));
+    const int runner1 = static_cast<int>(max(near2, near3) + static_cast<unsigned>(top1));
+    // Seldom is a runner-up so close that it may matter; only then may a third one.
+    const bool close0 = runner0 >= least_candidate(max(top0, lead0.best), error0);
+    const bool close1 = runner1 >= least_candidate(max(top1, lead1.best), error1);
+    if (__any_sync(0xFFFFFFFFu, close0 || close1)) {
+        if (close0) lead0.rest = max(lead0.rest, third_largest(s, 0, runner0));
+        if (close1) lead1.rest = max(lead1.rest, third_largest(s, 1, runner1));
+    }
+    lead0.offer(top0, runner0, tile);
+    lead1.offer(top1, runner1, tile);
 }
 
 /// Turns what the four threads of a row saw into a code, or into words for the finishing warps. All four call it.
@@ -155,16 +179,14 @@ __device__ inline void conclude(const leaders& mine, float error, bool exact, ro
     }
     const int limit = least_candidate(best, error), least = max(limit, 1);
     const bool decided = limit > 0;
-    const auto group_of = [&](int tile) { return row_results::group | tile << 2 | q; };
-    const bool sole = mine.best >= least && max(max(mine.best_runner, mine.next), mine.rest) < least;
-    int words = mine.best < least ? 0 : sole ? 1 : 1 + (mine.next >= least);
-    if (mine.rest >= least) words = 1;
+    const bool lost = mine.rest >= least;  // something dropped could win
+    const int words =
+        lost ? 1
+             : (mine.best >= least) + (mine.best_runner >= least) + (mine.next >= least) + (mine.next_runner >= least);
     const int from1 = __shfl_xor_sync(0xFFFFFFFFu, words, 1), pair = words + from1;
     const int from2 = __shfl_xor_sync(0xFFFFFFFFu, pair, 2), total = pair + from2;
-    const unsigned quad = 0xFu << (threadIdx.x & 28u);
-    const bool lone = __popc(__ballot_sync(0xFFFFFFFFu, sole || words == 0) & quad) == 4 && total == 1;
-    if (decided && lone) {
-        if (sole) results.code[row] = code_of(mine.best, mine.best_tile);
+    if (decided && total == 1 && !__any_sync(0xFu << (threadIdx.x & 28u), lost)) {
+        if (words == 1) results.code[row] = code_of(mine.best, mine.best_tile);
         return;
     }
     const bool fits = decided && total <= row_results::words;
@@ -174,13 +196,14 @@ __device__ inline void conclude(const leaders& mine, float error, bool exact, ro
         return;
     }
     int* word = results.word[row] + (q & 1 ? from1 : 0) + (q & 2 ? from2 : 0);
-    if (mine.rest >= least) {
-        word[0] = row_results::column | q;
-    } else if (words > 0) {
-        word[0] = mine.best_runner >= least ? group_of(mine.best_tile) : code_of(mine.best, mine.best_tile);
-        if (mine.next >= least)
-            word[1] = mine.next_runner >= least ? group_of(mine.next_tile) : code_of(mine.next, mine.next_tile);
+    if (lost) {
+        *word = row_results::column | q;
+        return;
     }
+    if (mine.best >= least) *word++ = code_of(mine.best, mine.best_tile);
+    if (mine.best_runner >= least) *word++ = code_of(mine.best_runner, mine.best_tile);
+    if (mine.next >= least) *word++ = code_of(mine.next, mine.next_tile);
+    if (mine.next_runner >= least) *word++ = code_of(mine.next_runner, mine.next_tile);
 }
 
 #endif  // CUVQ_HAS_WGMMA

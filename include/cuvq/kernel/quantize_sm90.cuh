@@ -176,7 +176,7 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
     constexpr int share = (row_results::rows - 1) / finishing_warps + 1;
     const int lane = static_cast<int>(threadIdx.x) % 32, start = part * share;
     const int segment = finishing_warps * static_cast<int>(blockIdx.x) + part;
-    int2 put_aside{0, 0};
+    int put_aside = 0;
     ring<sm90_shared<Tile>::result_buffers> buffer(0);
     for (int turn = 0; span.has(turn); ++turn, buffer.next()) {
         wait(barriers.results_full + buffer.at, buffer.parity);
@@ -203,7 +203,7 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
         arrive(barriers.results_empty + buffer.at);
         write_codes(a, tally, first, count, code);
     }
-    if (lane == 0) aside.used[segment] = put_aside;
+    if (aside.capacity > 0 && lane == 0) aside.used[segment] = put_aside;
 }
 
 /// The warp that streams the tiles of codes, in each round of turns all of them; one lane.
@@ -248,7 +248,7 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
             return;
         }
         wait(barriers.rows_full + at, turn / Tile::row_buffers & 1);
-        const float* error = errors + at * row_results::rows + row0;  // and 8 rows on
+        const float error0 = errors[at * row_results::rows + row0], error1 = errors[at * row_results::rows + row0 + 8];
         leaders lead0, lead1;
         int least0 = leaders::least, least1 = leaders::least;  // scores below cannot win any more
         for (int tile = 0; tile < tiles; ++tile, stage.next()) {
@@ -265,13 +265,12 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
                 const bool may_win = largest(score, 0) >= least0 || largest(score, 1) >= least1;
                 if (!__any_sync(0xFFFFFFFFu, may_win)) continue;
             }
-            offer_tile(score, tile, mask, exact, lead0, lead1);
+            offer_tile(score, tile, mask, exact, error0, error1, lead0, lead1);
             if (tiles >= skip_tiles) {
-                least0 = least_candidate(row_largest(lead0.best), exact ? error[0] : 0.0f);
-                least1 = least_candidate(row_largest(lead1.best), exact ? error[8] : 0.0f);
+                least0 = least_candidate(row_largest(lead0.best), exact ? error0 : 0.0f);
+                least1 = least_candidate(row_largest(lead1.best), exact ? error1 : 0.0f);
             }
         }
-        const float error0 = error[0], error1 = error[8];
         arrive(barriers.rows_empty + at);
         wait(barriers.results_empty + put, (turn / shared::result_buffers & 1) ^ 1);
         conclude(lead0, error0, exact, results[put], row0);
@@ -314,7 +313,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
     __syncthreads();
     load_centre(image, static_cast<int>(a.x.columns), 16 * Tile::steps, centre);
     load_bounds(image, tiles, bounds);
-    if (blockIdx.x == 0)
+    if (blockIdx.x == 0 && aside.capacity > 0)
         for (int i = threadIdx.x; i < most_shared_rows; i += blockDim.x) aside.shared[i].done = 0;
     __syncthreads();
 

@@ -24,21 +24,22 @@
 
 namespace cuvq::kernel {
 
-/// Warpgroups and warps of a block, and the most blocks of a cluster.
-inline constexpr int few_groups = 4, few_warps = 4 * few_groups, few_threads = 32 * few_warps, few_blocks = 8;
+/// Sizes of a block, and the most blocks of a cluster.
+inline constexpr int few_warps = 16, few_threads = 32 * few_warps, few_blocks = 8;
 
 /// Shared memory of the kernel, by offsets.
 template <class Tile>
 struct few_shared {
     using layout = arch::wgmma_layout<Tile::steps>;
+    static constexpr int groups = Tile::few_groups;  // warpgroups that score
     static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(row_results::rows);
-    static constexpr int rows = Tile::stages * code_bytes;
+    static constexpr int rows = Tile::few_stages * code_bytes;
     static constexpr int errors = rows + row_bytes;
     static constexpr int results = errors + row_results::rows * 4;
-    static constexpr int centre = results + few_groups * static_cast<int>(sizeof(row_results));
+    static constexpr int centre = results + groups * static_cast<int>(sizeof(row_results));
     static constexpr int bounds = centre + 64 * Tile::steps;
     static constexpr int barriers = bounds + static_cast<int>(sizeof(device::score_bounds));
-    static constexpr int wide = barriers + 8 * Tile::stages;  // rows that the whole block is to settle
+    static constexpr int wide = barriers + 8 * Tile::few_stages;  // rows that the whole block is to settle
     static constexpr int bytes = wide + row_results::rows * 4;
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
 };
@@ -55,12 +56,12 @@ __device__ const T* of_block(const T* local, unsigned rank) {
 
 /// Row `row` of the 64, from what the warpgroups of the cluster made of it: its exact code; or `code_aside` where only
 /// the whole block should look. Whole warp.
-template <class X, class C>
+template <int Groups, class X, class C>
 __device__ std::int64_t settle_few(const row_results* results, unsigned blocks, int row, float error, bool exact,
                                    const X* x, const matrix_ref<const C>& codebook, std::int64_t columns) {
     const unsigned lane = threadIdx.x % 32;
-    const bool part = lane < few_groups * blocks;  // a lane per warpgroup
-    const row_results* result = of_block(results + lane % few_groups, part ? lane / few_groups : 0);
+    const bool part = lane < Groups * blocks;  // a lane per warpgroup
+    const row_results* result = of_block(results + lane % Groups, part ? lane / Groups : 0);
     const int mine = part ? result->best[row] : leaders::least, code = result->code[row];
     const int best = __reduce_max_sync(0xFFFFFFFFu, mine);
     if (!exact) {
@@ -96,7 +97,7 @@ __device__ std::int64_t settle_few(const row_results* results, unsigned blocks, 
     for (unsigned left = live & ~sole; left != 0; left &= left - 1) {
         const unsigned from = __ffs(left) - 1;
         const int words = -1 - __shfl_sync(0xFFFFFFFFu, code, from);
-        const row_results* named = of_block(results + from % few_groups, from / few_groups);
+        const row_results* named = of_block(results + from % Groups, from / Groups);
         consider_words(choice, named->word[row], words, x, codebook, columns, group, 4);
     }
     merge_warp(choice);
@@ -117,12 +118,14 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     namespace ptx = cuda::ptx;
     using shared = few_shared<Tile>;
     using split = row_split<Tile::steps>;
+    constexpr int groups = shared::groups, stages = Tile::few_stages;
+    static_assert(stages % groups == 0, "a stage belongs to one warpgroup, which so sees all its phases");
     extern __shared__ char dynamic_shared[];
     char* base = dynamic_shared + ((1024 - (arch::shared_address(dynamic_shared) & 1023)) & 1023);
     char* codes = base;                                                      // (stages, 128 codes, steps * 16)
     char* rows = base + shared::rows;                                        // (64 rows, steps * 16)
     auto* errors = reinterpret_cast<float*>(base + shared::errors);          // (64)
-    auto* results = reinterpret_cast<row_results*>(base + shared::results);  // (few_groups)
+    auto* results = reinterpret_cast<row_results*>(base + shared::results);  // (groups)
     auto* centre = reinterpret_cast<float*>(base + shared::centre);
     auto* bounds = reinterpret_cast<int*>(base + shared::bounds);
     auto* full = arch::kept(reinterpret_cast<std::uint64_t*>(base + shared::barriers));  // (stages)
@@ -136,12 +139,11 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     const int tiles = static_cast<int>((a.codebook.rows - 1) / image_tile + 1);
     // The block's j-th tile: its warpgroups take them in turn.
     const auto tile_of = [&](int j) {
-        return (j / few_groups) * static_cast<int>(blocks) * few_groups + static_cast<int>(rank) * few_groups +
-               j % few_groups;
+        return (j / groups) * static_cast<int>(blocks) * groups + static_cast<int>(rank) * groups + j % groups;
     };
     const auto fetch = [&](int j) {
         if (tile_of(j) >= tiles) return;
-        const int stage = j % Tile::stages;
+        const int stage = j % stages;
         ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full + stage,
                                        shared::code_bytes);
         ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, codes + stage * shared::code_bytes,
@@ -152,12 +154,12 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
     if (threadIdx.x < row_results::rows) wide[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Tile::stages; ++i) ptx::mbarrier_init(full + i, 1);
+        for (int i = 0; i < stages; ++i) ptx::mbarrier_init(full + i, 1);
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
     arch::await_previous_kernel();
     if (threadIdx.x == 0)
-        for (int j = 0; j < Tile::stages; ++j) fetch(j);
+        for (int j = 0; j < stages; ++j) fetch(j);
 
     // Rows: a warp converts as many as it can at once; their loads are under way while the codebook's bounds come in.
     constexpr int data_parts = (Tile::steps - 1) * 4 / split::lanes, held = data_parts > 0 ? data_parts : 1;
@@ -196,11 +198,13 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
 
     const std::uint32_t row_operand = arch::uniform(arch::kept(arch::operand(rows)));
     const std::uint32_t code_operands = arch::kept(arch::operand(codes));
+    const int row0 = warp % 4 * 16 + lane / 4;
+    const float error0 = errors[row0], error1 = errors[row0 + 8];
     leaders lead0, lead1;
-    for (int j = group; tile_of(j) < tiles; j += few_groups) {
+    for (int j = group; group < groups && tile_of(j) < tiles; j += groups) {
         float score[64];  // (16 pairs of codes, 2 rows, 2)
-        const int stage = j % Tile::stages;
-        while (!ptx::mbarrier_try_wait_parity(full + stage, j / Tile::stages & 1)) {
+        const int stage = j % stages;
+        while (!ptx::mbarrier_try_wait_parity(full + stage, j / stages & 1)) {
         }
         __syncwarp();
         arch::wgmma_fence();
@@ -208,15 +212,16 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
                                         arch::uniform(code_operands + stage * (shared::code_bytes >> 4)));
         arch::wgmma_commit();
         arch::wgmma_wait();
-        if (tile_of(j + Tile::stages) < tiles) {  // once all four warps are done with it, the stage is free
+        if (tile_of(j + stages) < tiles) {  // once all four warps are done with it, the stage is free
             asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-            if (threadIdx.x % 128 == 0) fetch(j + Tile::stages);
+            if (threadIdx.x % 128 == 0) fetch(j + stages);
         }
-        offer_tile(score, tile_of(j), mask, exact, lead0, lead1);
+        offer_tile(score, tile_of(j), mask, exact, error0, error1, lead0, lead1);
     }
-    const int row0 = warp % 4 * 16 + lane / 4;
-    conclude(lead0, errors[row0], exact, results[group], row0);
-    conclude(lead1, errors[row0 + 8], exact, results[group], row0 + 8);
+    if (group < groups) {
+        conclude(lead0, error0, exact, results[group], row0);
+        conclude(lead1, error1, exact, results[group], row0 + 8);
+    }
     ptx::barrier_cluster_arrive(ptx::sem_release);
     ptx::barrier_cluster_wait(ptx::sem_acquire);
 
@@ -227,8 +232,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     const int count = warp * share < block_rows ? static_cast<int>(min(left > 0 ? left : 0, std::int64_t{share})) : 0;
     std::int64_t code = code_aside;
     for (int r = 0; r < count; ++r) {
-        const std::int64_t found = settle_few(results, blocks, start + r, errors[start + r], exact,
-                                              a.x.row(first + start + r), a.codebook, a.x.columns);
+        const std::int64_t found = settle_few<groups>(results, blocks, start + r, errors[start + r], exact,
+                                                      a.x.row(first + start + r), a.codebook, a.x.columns);
         if (lane == r) code = found;
     }
     if (lane < count && code == code_aside) wide[start + lane] = 1;

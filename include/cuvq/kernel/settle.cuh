@@ -18,23 +18,22 @@
 
 namespace cuvq::kernel {
 
-/// An open row put aside for `settle_aside`, since it takes long: it has more candidates than a few.
+/// An open row put aside for `settle_aside`, since its candidates are too many to list.
 struct row_aside {
     static constexpr int most_words = 6;
     std::int64_t row;
     int word[most_words];  // as in row_results; negative behind the last
 };
 
-/// Where warps put rows aside, each in a segment of its own: rows of a few groups of codes from its front, those whose
-/// candidates are spread wide from its back.
+/// Where warps put rows aside, each in a segment of its own.
 struct rows_aside {
-    row_aside* rows = nullptr;  // [segments][capacity]
-    int2* used = nullptr;       // [segments] rows at the front, rows at the back
-    int capacity = 0;
+    row_aside* rows = nullptr;            // [segments][capacity]
+    int* used = nullptr;                  // [segments]
+    int capacity = 0;                     // 0: none is put aside
     struct shared_row* shared = nullptr;  // [most_shared_rows]; none in use when a search starts
 };
 
-/// A wide row that several blocks settle together, each some of its codes; the last one to be done decides.
+/// A row that several blocks settle together, each some of its codes; the last one to be done decides.
 struct shared_row {
     static constexpr int most_parts = 16;
     double distance[most_parts];
@@ -69,10 +68,8 @@ __device__ bool consider_words(device::exact_choice& choice, const int* words, i
             continue;
         }
         const bool everything = word == row_results::everything;
-        const bool one_tile = !everything && (word & row_results::group) != 0;
         if (everything && !device::is_row_finite(row, columns)) return false;
-        const std::int64_t tile0 = one_tile ? (word ^ row_results::group) >> 2 : 0;
-        const std::int64_t tiles = one_tile ? 1 : (codebook.rows - 1) / image_tile + 1;
+        const std::int64_t tiles = (codebook.rows - 1) / image_tile + 1;
         const std::int64_t all = everything ? codebook.rows : tiles * held;
         const std::int64_t each = (all - 1) / parts + 1, first = part * each;
         const std::int64_t mine = min(each, all - first);
@@ -80,7 +77,7 @@ __device__ bool consider_words(device::exact_choice& choice, const int* words, i
             at += first;
             if (everything) return at;
             const int place = static_cast<int>(at % held);
-            const std::int64_t k = (tile0 + at / held) * image_tile + (place >> 1) * 8 + 2 * (word & 3) + (place & 1);
+            const std::int64_t k = at / held * image_tile + (place >> 1) * 8 + 2 * (word & 3) + (place & 1);
             return min(k, codebook.rows - 1);  // beyond K: another look at the last code
         };
         if (columns <= alone_columns) {
@@ -154,27 +151,20 @@ __device__ void settle_light(unsigned open, const row_results& result, int start
 }
 
 /// Puts an open row aside, if there is room. `used`: of the segment, by its warp. Whole warp.
-__device__ inline bool set_aside(const rows_aside& aside, int segment, int2& used, std::int64_t row, const int* words,
+__device__ inline bool set_aside(const rows_aside& aside, int segment, int& used, std::int64_t row, const int* words,
                                  int count) {
-    if (used.x + used.y >= aside.capacity) return false;
-    const bool all = count > row_aside::most_words || words[0] == row_results::everything;
-    bool wide = all;
-    for (int i = 0; i < count; ++i) wide = wide || (words[i] & row_results::column);
+    if (used >= aside.capacity) return false;
     if (threadIdx.x % 32 == 0) {
-        const int slot = wide ? aside.capacity - 1 - used.y : used.x;
-        row_aside& to = aside.rows[std::int64_t{segment} * aside.capacity + slot];
+        row_aside& to = aside.rows[std::int64_t{segment} * aside.capacity + used];
         to.row = row;
 #pragma unroll
         for (int i = 0; i < row_aside::most_words; ++i) to.word[i] = i < count ? words[i] : -1;
-        if (all) {
+        if (count > row_aside::most_words) {
             to.word[0] = row_results::everything;
             to.word[1] = -1;
         }
     }
-    if (wide)
-        ++used.y;
-    else
-        ++used.x;
+    ++used;
     __syncwarp();
     return true;
 }
@@ -198,8 +188,7 @@ __device__ void merge_block(device::exact_choice& choice, double (&distances)[Wa
 
 #endif  // CUVQ_HAS_WGMMA
 
-/// Finishes the rows that a search put aside: a warp each of those with a few groups of codes, a block each of the
-/// others, or several if those are few.
+/// Codes of the rows that a search put aside: a block each, or several if they are few.
 template <class X, class C>
 __global__ __launch_bounds__(settle_threads) void settle_aside(const __grid_constant__ detail::quantize_args<X, C> a,
                                                                const __grid_constant__ search_tally tally,
@@ -208,53 +197,41 @@ __global__ __launch_bounds__(settle_threads) void settle_aside(const __grid_cons
     constexpr int warps = settle_threads / 32, each = most_segments / settle_threads;
     using scan = cub::BlockScan<int, settle_threads>;
     __shared__ typename scan::TempStorage storage;
-    __shared__ int starts[2][most_segments];  // of each segment's rows among all: those at the front, at the back
+    __shared__ int starts[most_segments];  // of each segment's rows among all
     __shared__ double distances[warps];
     __shared__ std::int64_t codes[warps];
     __shared__ bool decides;
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int group = static_cast<int>(threadIdx.x) / 8, groups = settle_threads / 8;
     arch::await_previous_kernel();
 
-    int totals[2];
-    for (int back = 0; back < 2; ++back) {
-        int count[each];
+    int count[each], total;
 #pragma unroll
-        for (int i = 0; i < each; ++i) {
-            const int segment = static_cast<int>(threadIdx.x) * each + i;
-            const int2 used = segment < segments ? aside.used[segment] : int2{0, 0};
-            count[i] = back ? used.y : used.x;
-        }
-        scan(storage).ExclusiveSum(count, count, totals[back]);
-#pragma unroll
-        for (int i = 0; i < each; ++i) starts[back][static_cast<int>(threadIdx.x) * each + i] = count[i];
-        __syncthreads();
+    for (int i = 0; i < each; ++i) {
+        const int segment = static_cast<int>(threadIdx.x) * each + i;
+        count[i] = segment < segments ? aside.used[segment] : 0;
     }
-    const auto find = [&](int back, int number) -> const row_aside& {
+    scan(storage).ExclusiveSum(count, count, total);
+#pragma unroll
+    for (int i = 0; i < each; ++i) starts[static_cast<int>(threadIdx.x) * each + i] = count[i];
+    __syncthreads();
+    const auto find = [&](int number) -> const row_aside& {
         int low = 0, high = most_segments;  // of the segments that start at `number` or before, the last
         while (high - low > 1) {
             const int middle = (low + high) / 2;
-            (starts[back][middle] <= number ? low : high) = middle;
+            (starts[middle] <= number ? low : high) = middle;
         }
-        const int slot = number - starts[back][low];
-        return aside.rows[std::int64_t{low} * aside.capacity + (back ? aside.capacity - 1 - slot : slot)];
+        return aside.rows[std::int64_t{low} * aside.capacity + number - starts[low]];
     };
 
-    for (int i = static_cast<int>(blockIdx.x) * warps + warp; i < totals[0]; i += static_cast<int>(gridDim.x) * warps) {
-        const row_aside& row = find(0, i);
-        const std::int64_t code =
-            settle_open(row.word, row_aside::most_words, a.x.row(row.row), a.codebook, a.x.columns);
-        write_codes(a, tally, row.row, 1, code);
-    }
     const std::int64_t wanted = (a.codebook.rows - 1) / shared_part_codes + 1;
     const int parts =
-        totals[1] > most_shared_rows ? 1 : static_cast<int>(min(wanted, std::int64_t{shared_row::most_parts}));
-    for (int i = blockIdx.x; i < totals[1] * parts; i += gridDim.x) {
-        const row_aside& row = find(1, i / parts);
+        total > most_shared_rows ? 1 : static_cast<int>(min(wanted, std::int64_t{shared_row::most_parts}));
+    for (int i = blockIdx.x; i < total * parts; i += gridDim.x) {
+        const row_aside& row = find(i / parts);
         const int part = i % parts;
         device::exact_choice choice;
-        consider_words(choice, row.word, row_aside::most_words, a.x.row(row.row), a.codebook, a.x.columns, group,
-                       groups, part, parts);
+        consider_words(choice, row.word, row_aside::most_words, a.x.row(row.row), a.codebook, a.x.columns,
+                       static_cast<int>(threadIdx.x) / 8, settle_threads / 8, part, parts);
         merge_block(choice, distances, codes);
         if (parts > 1) {
             shared_row& shared = aside.shared[i / parts];
