@@ -1,0 +1,513 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// The block-level search on tensor cores. The block converts its rows to fp16 once (slab by slab, again for every tile
+// of codes, where shared memory does not hold them), streams the codebook's image through a ring of buffers, keeps per
+// thread and row the best of its codes, and settles in float64 what the bound of device/certificate.cuh leaves open.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cuvq/arch/mma_sm80.cuh>
+#include <cuvq/device/certificate.cuh>
+#include <cuvq/device/image.cuh>
+#include <cuvq/device/nearest.cuh>
+#include <cuvq/dispatch/tuning.cuh>
+#include <cuvq/views.hpp>
+
+namespace cuvq::device {
+
+/// Most columns and codes of the tensor-core search: float sums of more squares would need a wider bound, and a code
+/// is kept in 32 bits.
+inline constexpr std::int64_t most_mma_columns = 1 << 16;
+inline constexpr std::int64_t most_mma_codes = 1 << 30;
+
+/// What the threads of a row leave for settling it, from one thread: its two best tiles and the best of all that it
+/// dropped.
+struct row_leaders {
+    static constexpr int least = -0x7FFFFFFF;
+    int best = least, best_tile = 0;
+    int next = least, next_tile = 0;
+    int rest = least;
+
+    /// A tile's largest score and its second largest, as integers.
+    __device__ void offer(int score, int runner, int tile) {
+        const bool leads = score > best;
+        const int second = min(score, best), second_tile = leads ? best_tile : tile;
+        best = max(score, best);
+        best_tile = leads ? tile : best_tile;
+        const bool follows = second > next;
+        rest = max(max(rest, runner), min(second, next));
+        next = max(second, next);
+        next_tile = follows ? second_tile : next_tile;
+    }
+};
+
+/// How a tile's block divides it, and its shared memory, by offsets from an address aligned to 128 bytes.
+template <class Policy>
+struct mma_shape {
+    static constexpr int warps = Policy::threads / 32;
+    static constexpr int warps_down = Policy::rows / 32, warps_across = warps / warps_down;  // each 32 rows
+    static constexpr int warp_codes = Policy::codes / warps_across;
+    static constexpr int pairs = warp_codes / 8;      // of neighbouring codes that a thread holds of a row and tile
+    static constexpr int slots = 4 * warps_across;    // threads that share a row
+    static constexpr int groups = Policy::threads / exact_lanes;
+    static_assert(Policy::codes == image_tile, "a tile of codes is one of the image");
+    static_assert(Policy::rows % 32 == 0 && warps_down * warps_across == warps && warp_codes % 16 == 0,
+                  "each warp takes 32 rows and a multiple of 16 codes");
+    static_assert(Policy::stages >= 2 && Policy::rows % groups == 0 && slots % exact_lanes == 0, "");
+
+    static constexpr int slab_bytes = 128 * Policy::codes, row_slab_bytes = 128 * Policy::rows;
+    static constexpr int errors = 0;                                       // float [rows]
+    static constexpr int factors = errors + 4 * Policy::rows;              // float [rows]
+    static constexpr int hard = factors + 4 * Policy::rows;                // int [rows]
+    static constexpr int choices = hard + 4 * Policy::rows;                // exact_choice [warps]
+    static constexpr int words = choices + warps * static_cast<int>(sizeof(exact_choice));  // int [8]
+    static constexpr int codes = (words + 4 * 8 + 127) / 128 * 128;        // [stages] slabs of codes
+    static constexpr int rows = codes + Policy::stages * slab_bytes;       // slabs of rows: all, or two
+    static constexpr int least_bytes = rows + 2 * row_slab_bytes;
+
+    /// What `row_leaders` become once the tiles are through, [rows][slots], in place of the slabs of codes.
+    struct slot {
+        int best, best_code, next, next_code, rest;
+    };
+    static_assert(Policy::rows * slots * sizeof(slot) <= Policy::stages * slab_bytes, "");
+};
+
+/// Shared memory that a block lends to `nearest` on the tensor cores; free for other use between calls, after a
+/// barrier. More than `least_bytes()`, up to `whole_bytes(D)`, spares converting the rows again for every 128 codes.
+template <int Rows, int Stages>
+struct nearest_storage<mma_tile<Rows, Stages>> {
+    char* memory;  ///< shared memory, aligned to 128 bytes
+    int bytes;     ///< how much of it, at least `least_bytes()`
+
+    CUVQ_HOST_DEVICE static constexpr int least_bytes() { return mma_shape<mma_tile<Rows, Stages>>::least_bytes; }
+    /// To hold rows of so many columns, in the layout of their codebook's image, as a whole.
+    CUVQ_HOST_DEVICE static constexpr std::int64_t whole_bytes(std::int64_t columns) {
+        return mma_shape<mma_tile<Rows, Stages>>::rows + std::int64_t{Rows} * 128 * ((columns + 2) / 64 + 1);
+    }
+};
+
+#if CUVQ_HAS_MMA
+
+/// A row of x on its way to fp16, as eight lanes see it that take 8 columns of every 64 each.
+template <class X>
+struct row_converter {
+    const X* row;
+    int columns;  ///< 0 for a row beyond the last
+    bool aligned;
+    const float* centre;
+    float scale;
+
+    /// scale (x - centre) of columns first to first + 7, zeros beyond the data. One rounding: the scale is a power of
+    /// two, and these multiply-adds keep subnormal numbers whatever the compiler's flags.
+    __device__ void load(int first, float (&v)[8]) const {
+        float c[8];
+        if (first + 8 <= columns) {
+            const auto four = [&](int d) {
+                return aligned ? load4(row + d)
+                               : float4{static_cast<float>(row[d]), static_cast<float>(row[d + 1]),
+                                        static_cast<float>(row[d + 2]), static_cast<float>(row[d + 3])};
+            };
+            const float4 low = four(first), high = four(first + 4);
+            v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+            v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+            const float4 c_low = load4(centre + first), c_high = load4(centre + first + 4);
+            c[0] = c_low.x, c[1] = c_low.y, c[2] = c_low.z, c[3] = c_low.w;
+            c[4] = c_high.x, c[5] = c_high.y, c[6] = c_high.z, c[7] = c_high.w;
+        } else {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                v[e] = first + e < columns ? static_cast<float>(row[first + e]) : 0.0f;
+                c[e] = first + e < columns ? centre[first + e] : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+            v[e] = __fmaf_ieee_rn(__fmaf_ieee_rn(-1.0f, c[e], v[e]), scale, 0.0f);
+    }
+    /// The sum of squares of these columns.
+    __device__ float square(int first) const {
+        float v[8], sum = 0;
+        load(first, v);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum = fmaf(v[e], v[e], sum);
+        return sum;
+    }
+    /// Columns first to first + 7 in fp16, times `factor`, with the factor itself in the three columns behind the
+    /// data. Adds the squares of what rounding left to `residual`.
+    __device__ uint4 halves(int first, float factor, int data_columns, float& residual) const {
+        float v[8];
+        load(first, v);
+        __half2 out[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const float2 u{factor * v[2 * e], factor * v[2 * e + 1]};
+            out[e] = __floats2half2_rn(u.x, u.y);
+            const float2 back = __half22float2(out[e]);
+            residual = fmaf(u.x - back.x, u.x - back.x, fmaf(u.y - back.y, u.y - back.y, residual));
+        }
+        if (first + 8 > data_columns) {
+            __half* half = reinterpret_cast<__half*>(out);
+            const __half beyond = __float2half_rn(columns > 0 ? factor : 0.0f);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const int past = first + e - data_columns;
+                if (past >= 0) half[e] = past < 3 ? beyond : __float2half_rn(0.0f);
+            }
+        }
+        return *reinterpret_cast<const uint4*>(out);
+    }
+};
+
+/// The power of two that makes a row of this |scale (x - centre)|^2 fit fp16, and fp16 can hold itself; 0 if there is
+/// none, for NaN too.
+__device__ inline float row_factor(float square) {
+    const int exponent = static_cast<int>(__float_as_uint(square) >> 24) - 63;  // the norm is below 2^(exponent + 1)
+    return square < 0x1p26f ? 1.0f : square < 0x1p72f ? __int_as_float((127 + 13 - exponent) << 23) : 0.0f;
+}
+
+/// The tensor-core part of `nearest`: one block's rows, their conversion and their scores.
+template <class Policy, class X, class C>
+struct mma_search {
+    using shape = mma_shape<Policy>;
+
+    char* const memory;
+    const bool resident;  // all slabs of the rows are in shared memory
+    const matrix_ref<const X>& rows;
+    const matrix_ref<const C>& codebook;
+    const image_ref& image;
+    const int columns, slabs;  // slabs that hold data
+    const int lane, warp, group, group_lane;
+    const bool aligned;
+
+    __device__ mma_search(const nearest_storage<Policy>& storage, const matrix_ref<const X>& x,
+                          const matrix_ref<const C>& c, const image_ref& i)
+        : memory(storage.memory),
+          resident(storage.bytes >= storage.whole_bytes(x.columns)),
+          rows(x),
+          codebook(c),
+          image(i),
+          columns(static_cast<int>(x.columns)),
+          slabs((columns + 2) / 64 + 1),
+          lane(static_cast<int>(threadIdx.x) % 32),
+          warp(static_cast<int>(threadIdx.x) / 32),
+          group(static_cast<int>(threadIdx.x) / exact_lanes),
+          group_lane(static_cast<int>(threadIdx.x) % exact_lanes),
+          aligned(is_aligned4(x.data) && x.stride % 4 == 0) {}
+
+    __device__ float* errors() const { return reinterpret_cast<float*>(memory + shape::errors); }
+    __device__ float* factors() const { return reinterpret_cast<float*>(memory + shape::factors); }
+    /// Bounds of the codebook as integers, the count of hard rows, the mask of tagged scores.
+    __device__ int* words() const { return reinterpret_cast<int*>(memory + shape::words); }
+
+    __device__ row_converter<X> converter(int row, float scale) const {
+        const bool inside = row < rows.rows;
+        return {rows.row(inside ? row : 0), inside ? columns : 0, aligned, image.centre, scale};
+    }
+
+    /// Measures all rows: errors and factors; writes the operand too, if all of it has room.
+    __device__ void convert_rows() const {
+        const auto* b = reinterpret_cast<const float*>(words());
+        const score_bounds bounds{b[0], b[1], b[2], b[3]};
+        const float scale = *image.scale;
+        for (int r = group; r < Policy::rows; r += shape::groups) {
+            const row_converter<X> convert = converter(r, scale);
+            float square = 0, residual = 0;
+#pragma unroll 2
+            for (int slab = 0; slab < slabs; ++slab) square += convert.square(64 * slab + 8 * group_lane);
+#pragma unroll
+            for (int step = 1; step < exact_lanes; step *= 2) square += __shfl_xor_sync(0xFFFFFFFFu, square, step);
+            const float factor = row_factor(square);
+#pragma unroll 2
+            for (int slab = 0; slab < slabs; ++slab) {
+                const uint4 v = convert.halves(64 * slab + 8 * group_lane, factor, columns, residual);
+                if (resident) store(v, slab, slab, r);
+            }
+#pragma unroll
+            for (int step = 1; step < exact_lanes; step *= 2) residual += __shfl_xor_sync(0xFFFFFFFFu, residual, step);
+            // 1.0005 and 1e-16 cover the rounding and the underflow of the sums of squares; 2^-23 that of x - centre.
+            const float length = 1.0005f * factor * sqrtf(square) + 1e-16f;
+            residual = 1.0005f * sqrtf(residual) + 1e-16f + 0x1p-23f * length;
+            const int steps = 4 * (slabs - 1) + image.layout.width(slabs - 1) / 16;
+            const float error = score_error(length, residual, factor, bounds, steps);
+            if (group_lane == 0) {
+                errors()[r] = factor > 0 ? error : __int_as_float(0x7FC00000);
+                factors()[r] = factor;
+            }
+        }
+        __syncwarp();  // each group reads back its own rows' factors
+    }
+    /// Writes one slab of all rows to buffer `to`.
+    __device__ void convert_slab(int slab, int to) const {
+        const float scale = *image.scale;
+        float ignored = 0;
+        for (int r = group; r < Policy::rows; r += shape::groups)
+            store(converter(r, scale).halves(64 * slab + 8 * group_lane, factors()[r], columns, ignored), slab, to, r);
+    }
+    __device__ void store(const uint4& v, int slab, int to, int row) const {
+        const int width = image.layout.width(slab);
+        if (8 * group_lane < width)
+            *reinterpret_cast<uint4*>(memory + shape::rows + to * shape::row_slab_bytes +
+                                      arch::slab_layout::chunk_offset(width, row, group_lane)) = v;
+    }
+
+    /// Walks the slabs of all tiles of codes, copying one at a time into the ring.
+    struct loader {
+        const char* tile_rows;
+        int tile = 0, slab = 0, stage = 0;
+
+        __device__ void next(const mma_search& s, int tiles) {
+            if (tile < tiles) {
+                const int bytes = 2 * Policy::codes * s.image.layout.width(slab);
+                const std::uint32_t to = arch::shared_window(s.memory + shape::codes + stage * shape::slab_bytes);
+                const char* from = tile_rows + arch::slab_layout::slab_offset(Policy::codes, slab);
+                for (int at = 16 * static_cast<int>(threadIdx.x); at < bytes; at += 16 * Policy::threads)
+                    arch::copy16_async(to + at, from + at);
+                if (++slab == s.slabs) {
+                    slab = 0;
+                    ++tile;
+                    tile_rows += Policy::codes * s.image.layout.row_bytes();
+                }
+            }
+            arch::copy_commit();
+            stage = stage + 1 == Policy::stages ? 0 : stage + 1;
+        }
+    };
+
+    /// Scores every code against every row; leaves the slots.
+    __device__ void search() const {
+        const int tiles = static_cast<int>(image_ref::tiles(codebook.rows));
+        loader load{image.rows};
+#pragma unroll
+        for (int stage = 0; stage < Policy::stages - 1; ++stage) load.next(*this, tiles);
+        convert_rows();
+        if (!resident) convert_slab(0, 0);
+
+        const int warp_row = warp % shape::warps_down * 32, warp_code = warp / shape::warps_down * shape::warp_codes;
+        // The compiler must not know the mask: else clearing and tagging are two instructions.
+        const int mask = *static_cast<volatile int*>(words() + 5);
+        row_leaders leaders[4];  // of rows 8 r + lane / 4
+        int stage = 0, turn = 0;
+        for (int tile = 0; tile < tiles; ++tile) {
+            arch::mma_scores<shape::pairs> score;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int j = 0; j < shape::pairs; ++j)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) score[i][j][e] = 0.0f;
+            for (int slab = 0; slab < slabs; ++slab) {
+                arch::copy_wait<Policy::stages - 2>();
+                __syncthreads();
+                load.next(*this, tiles);
+                if (!resident) convert_slab(slab + 1 == slabs ? 0 : slab + 1, turn ^ 1);
+                const int width = image.layout.width(slab);
+                const std::uint32_t x = arch::shared_window(memory + shape::rows) +
+                                        (resident ? slab : turn) * shape::row_slab_bytes + warp_row * 2 * width;
+                const std::uint32_t c = arch::shared_window(memory + shape::codes) + stage * shape::slab_bytes +
+                                        warp_code * 2 * width;
+                if (width == 64)
+                    arch::mma_slab<64>(score, x, c);
+                else if (width == 32)
+                    arch::mma_slab<32>(score, x, c);
+                else
+                    arch::mma_slab<16>(score, x, c);
+                stage = stage + 1 == Policy::stages ? 0 : stage + 1;
+                turn ^= 1;
+            }
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                int s[2 * shape::pairs];
+#pragma unroll
+                for (int j = 0; j < 2 * shape::pairs; ++j) {
+                    // The score's bits with its place in the thread in the low ones: (bits & mask) | place.
+                    const int bits = __float_as_int(score[r / 2][j / 2][r % 2 * 2 + j % 2]);
+                    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(s[j]) : "r"(bits), "r"(mask), "r"(j));
+                }
+                int top = max(s[0], s[1]);
+#pragma unroll
+                for (int j = 2; j < 2 * shape::pairs; j += 2) top = __vimax3_s32(top, s[j], s[j + 1]);
+                // The second largest: as unsigned, s - top is 0 for the largest and wraps to the larger, the closer.
+                const unsigned from_top = 0u - static_cast<unsigned>(top);
+                unsigned near[2] = {0, 0};
+#pragma unroll
+                for (int j = 0; j < 2 * shape::pairs; ++j)
+                    near[j % 2] = __viaddmax_u32(static_cast<unsigned>(s[j]), from_top, near[j % 2]);
+                leaders[r].offer(top, static_cast<int>(max(near[0], near[1]) + static_cast<unsigned>(top)), tile);
+            }
+        }
+        arch::copy_wait<0>();
+        __syncthreads();
+        auto* slots = reinterpret_cast<typename shape::slot*>(memory + shape::codes);
+        const int slot = warp / shape::warps_down * 4 + lane % 4;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const row_leaders& l = leaders[r];
+            slots[(warp_row + 8 * r + lane / 4) * shape::slots + slot] = {
+                l.best, code_at(slot, l.best_tile, l.best), l.next, code_at(slot, l.next_tile, l.next), l.rest};
+        }
+        __syncthreads();
+    }
+
+    /// The code that thread `slot` of a row holds of `tile` at this place, the low bits of a score.
+    __device__ static int code_at(int slot, int tile, int place) {
+        const int at = place & (2 * shape::pairs - 1);
+        return tile * Policy::codes + slot / 4 * shape::warp_codes + at / 2 * 8 + slot % 4 * 2 + at % 2;
+    }
+
+    /// Every row's code from its slots, by a group of eight lanes; rows of many candidates are listed as hard.
+    __device__ void settle_rows(std::int64_t* codes) const {
+        const auto* all_slots = reinterpret_cast<const typename shape::slot*>(memory + shape::codes);
+        int* hard = reinterpret_cast<int*>(memory + shape::hard);
+        const unsigned first_lane = static_cast<unsigned>(lane) & 24u, mask = 0xFFu << first_lane;
+        constexpr int each = shape::slots / exact_lanes;
+        for (int r = group; r < rows.rows; r += shape::groups) {
+            typename shape::slot mine[each];
+            int best = row_leaders::least;
+#pragma unroll
+            for (int i = 0; i < each; ++i) {
+                mine[i] = all_slots[r * shape::slots + i * exact_lanes + group_lane];
+                best = max(best, mine[i].best);
+            }
+#pragma unroll
+            for (int step = 1; step < exact_lanes; step *= 2) best = max(best, __shfl_xor_sync(mask, best, step));
+            // A tag moved the two scores by up to 32 units in the last place each.
+            const float score = __int_as_float(best);
+            const float limit = score - 2.0002f * errors()[r] - 0x1.2p-17f * score;
+            const bool decided = limit > 0.0f;  // else integers do not order scores; false for NaN too
+            const int least = decided ? __float_as_int(limit) : 1;
+
+            unsigned firsts[each], seconds[each], full = 0;
+            int count = 0;
+            bool missed = false;
+#pragma unroll
+            for (int i = 0; i < each; ++i) {
+                firsts[i] = __ballot_sync(mask, mine[i].best >= least);
+                seconds[i] = __ballot_sync(mask, mine[i].next >= least);
+                count += __popc(firsts[i]) + __popc(seconds[i]);
+                full |= firsts[i] >> first_lane << (i * exact_lanes);
+                missed = missed || mine[i].rest >= least;
+            }
+            missed = __any_sync(mask, missed);
+            if (!decided || missed) {
+                if (group_lane == 0) hard[atomicAdd(words() + 4, 1)] = r | (decided ? full << 8 : 0u);
+                continue;
+            }
+            exact_choice choice;
+#pragma unroll
+            for (int i = 0; i < each; ++i) {
+                const auto take = [&](unsigned left, int code) {
+                    for (; left != 0; left &= left - 1) {
+                        const std::int64_t k = __shfl_sync(mask, code, __ffs(left) - 1);
+                        if (count == 1)
+                            choice.code = k;
+                        else
+                            choice.consider(exact_distance(rows.row(r), codebook.row(k), columns), k);
+                    }
+                };
+                take(firsts[i], mine[i].best_code);
+                take(seconds[i], mine[i].next_code);
+            }
+            if (group_lane == 0) codes[r] = choice.code;
+        }
+        __syncthreads();
+    }
+
+    /// The hard rows, each by the whole block.
+    __device__ void settle_hard_rows(std::int64_t* codes) const {
+        const int* hard = reinterpret_cast<const int*>(memory + shape::hard);
+        auto* choices = reinterpret_cast<exact_choice*>(memory + shape::choices);
+        const int count = words()[4];
+        constexpr int in_tile = 2 * shape::pairs;  // codes of one slot
+        for (int h = 0; h < count; ++h) {
+            const int r = hard[h] & 255;
+            unsigned open = static_cast<unsigned>(hard[h]) >> 8;  // slots with candidates; 0: the whole codebook
+            const X* row = rows.row(r);
+            exact_choice choice;
+            if (open == 0) {
+                bool finite = true;
+                for (int d = threadIdx.x; d < columns; d += Policy::threads)
+                    finite = finite && isfinite(static_cast<float>(row[d]));
+                if (__syncthreads_and(finite))
+                    consider_codes(choice, row, codebook, columns, codebook.rows, group, shape::groups,
+                                   [](std::int64_t k) { return k; });
+            }
+            for (; open != 0; open &= open - 1) {
+                const int slot = __ffs(open) - 1;
+                const auto at = [&](std::int64_t i) {  // beyond K: another look at the last code
+                    const std::int64_t k =
+                        code_at(slot, static_cast<int>(i / in_tile), static_cast<int>(i % in_tile));
+                    return k < codebook.rows ? k : codebook.rows - 1;
+                };
+                consider_codes(choice, row, codebook, columns, image_ref::tiles(codebook.rows) * in_tile, group,
+                               shape::groups, at);
+            }
+            __syncwarp();
+            choice.merge(0xFFFFFFFFu, 8);
+            choice.merge(0xFFFFFFFFu, 16);
+            if (lane == 0) choices[warp] = choice;
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                for (int w = 1; w < shape::warps; ++w)
+                    if (choices[w].code >= 0) choice.consider(choices[w].distance, choices[w].code);
+                codes[r] = choice.code;
+            }
+            __syncthreads();
+        }
+    }
+};
+
+#endif  // CUVQ_HAS_MMA
+
+/// As `nearest` above, on the tensor cores: exact too, and many times as fast. From sm_80 on; compiled for older
+/// architectures it does nothing.
+///
+/// @tparam Policy  an `mma_tile`, from `dispatch/tuning.cuh` or with your own sizes. The block has Policy::threads
+///                 threads in x.
+/// @param storage  (usually dynamic) shared memory of the caller; must not be in use.
+/// @param rows     [n x D] vectors, n <= Policy::rows, in shared or global memory, written before the last barrier;
+///                 float, __half or __nv_bfloat16; D <= most_mma_columns.
+/// @param codebook [K x D] global memory; any of those types; K < most_mma_codes.
+/// @param image    of that codebook, as it is now: any centre and scale will do.
+/// @param codes    [n] out, in shared or global memory: lowest nearest code, -1 where the vector has a NaN or Inf or
+///                 no codebook row is finite. Readable by all threads of the block on return.
+/// Deterministic: the codes do not depend on Policy, n, the block or the image. O(n K D) per block, plus O(K D) in
+/// float64 for each row that the filter cannot settle.
+template <class Policy, class X, class C>
+__device__ void nearest(const nearest_storage<Policy>& storage, const matrix_ref<const X>& rows,
+                        const matrix_ref<const C>& codebook, const image_ref& image, std::int64_t* codes) {
+#if CUVQ_HAS_MMA
+    const mma_search<Policy, X, C> search(storage, rows, codebook, image);
+    int* words = search.words();
+    if (threadIdx.x < 5) words[threadIdx.x] = 0;
+    if (threadIdx.x == 5) words[5] = ~(2 * mma_shape<Policy>::pairs - 1);
+    __syncthreads();
+    score_bounds most;
+    for (std::int64_t i = threadIdx.x; i < image_ref::parts(codebook.rows); i += Policy::threads) {
+        const score_bounds b = image.bounds[i];
+        // Floats that are not negative order as integers do, Inf and NaN above all others.
+        const auto raise = [](float& to, float v) {
+            to = __int_as_float(max(__float_as_int(to), __float_as_int(v)));
+        };
+        raise(most.norm, b.norm);
+        raise(most.residual, b.residual);
+        raise(most.offset, b.offset);
+        raise(most.offset_rest, b.offset_rest);
+    }
+    const float values[4] = {most.norm, most.residual, most.offset, most.offset_rest};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const unsigned largest = __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(values[i]));
+        if (threadIdx.x % 32 == 0) atomicMax(words + i, static_cast<int>(largest));
+    }
+    __syncthreads();
+    search.search();
+    search.settle_rows(codes);
+    search.settle_hard_rows(codes);
+#endif
+}
+
+}  // namespace cuvq::device
