@@ -1,7 +1,7 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// The portable tensor-core search by itself, whatever `quantize` would choose on this device: every tile, with the rows
-// in shared memory and streamed, on every layout of the codebook's image.
+// The portable tensor-core search by itself, whatever `quantize` would choose on this device: every tile, on the
+// images that both kernels make of a codebook.
 #include <cuvq/dispatch/quantize.cuh>
 
 #include <algorithm>
@@ -24,10 +24,6 @@ namespace {
 
 constexpr float inf = std::numeric_limits<float>::infinity();
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-
-using tall = mma_tall;
-using flat = mma_flat;
-using two_stages = mma_tile<64, 2>;
 
 /// A codebook's image in device memory.
 template <class C>
@@ -112,11 +108,9 @@ struct search_memory {
         return {codes.download(), quantized.download(), distances.download(), sum, histogram.download()};
     }
     template <class Tile>
-    outputs<X> run_mma(const device_image<C>& image, bool streamed) {
+    outputs<X> run_mma(const device_image<C>& image, const dispatch::mma_fit& fit) {
         return run([&](const auto& args, const auto& tally) {
-            auto fit = dispatch::fit_mma<Tile, X, C>(x.columns());
-            if (streamed) fit.shared_bytes = device::nearest_storage<Tile>::least_bytes();
-            return dispatch::quantize_mma<Tile>(args, tally, image.ref(), dispatch::most_search_blocks, nullptr, fit);
+            return dispatch::quantize_mma<Tile>(args, tally, image.ref(), dispatch::most_search_blocks, fit, nullptr);
         });
     }
     outputs<X> run_simt() {
@@ -139,15 +133,25 @@ std::vector<std::int64_t> expect_exact(const matrix<X>& x, const matrix<C>& code
     EXPECT_TRUE(codes_are_nearest(x, codebook, right.codes)) << "on the CUDA cores";
     for (const bool wide : {false, true}) {
         const device_image<C> image(memory.codebook, layout, wide);
-        for (const bool streamed : {false, true}) {
-            const auto expect_same = [&](const char* tile, const outputs<X>& got) {
-                EXPECT_EQ(got.codes, right.codes) << tile << (wide ? ", wide" : "") << (streamed ? ", streamed" : "");
-                EXPECT_TRUE(got == right) << tile << (wide ? ", wide" : "") << (streamed ? ", streamed" : "");
-            };
-            expect_same("tall", memory.template run_mma<tall>(image, streamed));
-            expect_same("flat", memory.template run_mma<flat>(image, streamed));
-            expect_same("two stages", memory.template run_mma<two_stages>(image, streamed));
-        }
+        int tiles = 0;
+        const auto expect_same = [&](auto tile) {
+            using Tile = decltype(tile);
+            const auto fit = dispatch::fit_mma<Tile, X, C>(x.columns);
+            if (fit.blocks == 0) return;
+            ++tiles;
+            const auto got = memory.template run_mma<Tile>(image, fit);
+            const auto name = testing::Message() << "tile of " << Tile::rows << " rows, " << Tile::stages << " stages"
+                                                 << (Tile::streamed ? ", streamed" : "") << (wide ? ", wide" : "");
+            EXPECT_EQ(got.codes, right.codes) << name;
+            EXPECT_TRUE(got == right) << name;
+        };
+        expect_same(mma_tall{});
+        expect_same(mma_flat{});
+        expect_same(mma_streamed{});
+        expect_same(mma_tile<64, 2, false>{});
+        expect_same(mma_tile<64, 2, true>{});
+        EXPECT_GE(tiles, 2) << "those that stream";
+        if (x.columns <= 125) EXPECT_EQ(tiles, 5);
     }
     return right.codes;
 }
@@ -256,9 +260,9 @@ TYPED_TEST(QuantizeMmaTypesSmall, NanAndInfInXAndCodebook) {
 
 TEST_F(QuantizeMmaSmall, DimensionsAroundTheSlabs) {
     random_source random;
-    for (const std::int64_t d : {2,   3,   8,   12,  13,  14,  15,  29,  30,  45,  46,  60,  61,  62,  63,  65, 77,
-                                 78,  93,  94,  110, 125, 126, 127, 128, 129, 141, 142, 189, 253, 254, 255, 256,
-                                 269, 270, 271, 300, 317, 318, 333, 349, 365, 381, 382, 509, 510, 512, 514})
+    for (const std::int64_t d : {2,   3,   8,   12,  13,  14,  15,  29,  30,  45,  46,  60,  61,  62,  63,  65,
+                                 77,  78,  93,  94,  110, 125, 126, 127, 128, 129, 141, 142, 189, 253, 254, 255,
+                                 256, 269, 270, 271, 300, 317, 318, 333, 349, 365, 381, 382, 509, 510, 512, 514})
         expect_exact(random.normals<float>(67, d), random.normals<float>(135, d));
 }
 
@@ -409,7 +413,7 @@ TEST_F(QuantizeMmaSmall, ACodebookWithoutAFiniteRow) {
 
 /// Codes of noise, several times over, against those from the CUDA cores.
 template <class Tile>
-void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int runs, bool streamed) {
+void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int runs) {
     SCOPED_TRACE(testing::Message() << n << " rows, " << k << " codes, D = " << d);
     const auto x = pattern_array<float>(n * d, 23, true);
     const device_matrix<float> codebook(
@@ -421,11 +425,10 @@ void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int run
     detail::launch(kernel::quantize<simt_tile, dynamic_extent, float, float>, 4096, simt_tile::threads, nullptr, 0,
                    args, kernel::search_tally{});
     const auto right = codes.download();
-    auto fit = dispatch::fit_mma<Tile, float, float>(d);
-    if (streamed) fit.shared_bytes = device::nearest_storage<Tile>::least_bytes();
+    const auto fit = dispatch::fit_mma<Tile, float, float>(d);
     for (int run = 0; run < runs; ++run) {
         codes.fill(poison);
-        ASSERT_GT(dispatch::quantize_mma<Tile>(args, kernel::search_tally{}, image.ref(), 4096, nullptr, fit), 0);
+        ASSERT_GT(dispatch::quantize_mma<Tile>(args, kernel::search_tally{}, image.ref(), 4096, fit, nullptr), 0);
         const auto got = codes.download();
         std::int64_t wrong = 0;
         for (std::int64_t i = 0; i < n; ++i) wrong += got[i] != right[i];
@@ -433,13 +436,13 @@ void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int run
     }
 }
 
-TEST_F(QuantizeMmaTest, AMillionRowsTenTimes) { expect_steady_codes<tall>(1 << 20, 1024, 128, 10, false); }
+TEST_F(QuantizeMmaTest, AMillionRowsTenTimes) { expect_steady_codes<mma_tall>(1 << 20, 1024, 128, 10); }
 
 TEST_F(QuantizeMmaTest, ManyRowsOfManyWidths) {
     for (const std::int64_t d : {8, 77, 256, 520}) {
-        expect_steady_codes<tall>(100001, 2050, d, 3, false);
-        expect_steady_codes<flat>(100001, 2050, d, 3, false);
-        expect_steady_codes<tall>(50001, 1030, d, 3, true);
+        expect_steady_codes<mma_tall>(100001, 2050, d, 3);
+        expect_steady_codes<mma_flat>(100001, 2050, d, 3);
+        expect_steady_codes<mma_streamed>(50001, 1030, d, 3);
     }
 }
 

@@ -70,7 +70,8 @@ __device__ inline void load_matrices(std::uint32_t (&m)[4], std::uint32_t addres
                  : "memory");
 }
 
-/// d (16 x 8, float) += rows (16 x 16) * codes (16 x 8). Lane t holds in d[2 h + b] row 8 h + t / 4, code 2 (t % 4) + b.
+/// d (16 x 8, float) += rows (16 x 16) * codes (16 x 8). Lane t holds in d[2 h + b] row 8 h + t / 4, code 2 (t % 4) +
+/// b.
 __device__ inline void mma_16x8x16(float (&d)[4], const std::uint32_t (&rows)[4], std::uint32_t codes0,
                                    std::uint32_t codes1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -93,19 +94,32 @@ __device__ void mma_slab(mma_scores<Columns>& score, std::uint32_t rows, std::ui
     const std::uint32_t code = codes + slab_layout::chunk_offset(Width, lane % 8 + lane / 16 * 8, 0);
     // A chunk's number enters the offset by exclusive or alone, and 16 rows on the swizzle is the same.
     const std::uint32_t row_chunk = lane / 16 << 4, code_chunk = lane / 8 % 2 << 4;
+    constexpr int steps = Width / 16, parts = Columns / 2;  // of 16 columns, of 16 codes
+    // Each operand is loaded one part ahead of its use.
+    std::uint32_t a[2][2][4], b[2][4];
+    const auto load_rows = [&](int step) {
 #pragma unroll
-    for (int step = 0; step < Width / 16; ++step) {
-        std::uint32_t a[2][4], b[Columns / 2][4];
+        for (int i = 0; i < 2; ++i) load_matrices(a[step % 2][i], (row ^ (row_chunk + 32 * step)) + i * 16 * 2 * Width);
+    };
+    const auto load_codes = [&](int step, int part) {
+        load_matrices(b[(step * parts + part) % 2], (code ^ (code_chunk + 32 * step)) + part * 16 * 2 * Width);
+    };
+    load_rows(0);
+    load_codes(0, 0);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            load_matrices(a[i], (row ^ (row_chunk + 32 * step)) + i * 16 * 2 * Width);
+    for (int step = 0; step < steps; ++step) {
 #pragma unroll
-        for (int j = 0; j < Columns / 2; ++j)
-            load_matrices(b[j], (code ^ (code_chunk + 32 * step)) + j * 16 * 2 * Width);
+        for (int part = 0; part < parts; ++part) {
+            const int next = step * parts + part + 1;
+            if (next < steps * parts) load_codes(next / parts, next % parts);
+            if (part == parts - 2 && step + 1 < steps) load_rows(step + 1);
 #pragma unroll
-        for (int j = 0; j < Columns; ++j)
+            for (int j = 0; j < 2; ++j)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) mma_16x8x16(score[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+                for (int i = 0; i < 2; ++i)
+                    mma_16x8x16(score[i][2 * part + j], a[step % 2][i], b[(next - 1) % 2][2 * j],
+                                b[(next - 1) % 2][2 * j + 1]);
+        }
     }
 }
 

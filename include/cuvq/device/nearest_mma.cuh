@@ -1,8 +1,9 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// The block-level search on tensor cores. The block converts its rows to fp16 once (slab by slab, again for every tile
-// of codes, where shared memory does not hold them), streams the codebook's image through a ring of buffers, keeps per
-// thread and row the best of its codes, and settles in float64 what the bound of device/certificate.cuh leaves open.
+// The block-level search on tensor cores. The block converts its rows to fp16 once (or slab by slab, again for every
+// tile of codes, where shared memory does not hold them), streams the codebook's image through a ring of buffers, keeps
+// per thread and row the best of its codes, and settles in float64 what the bound of device/certificate.cuh leaves
+// open.
 #pragma once
 
 #include <cstdint>
@@ -51,23 +52,23 @@ struct mma_shape {
     static constexpr int warps = Policy::threads / 32;
     static constexpr int warps_down = Policy::rows / 32, warps_across = warps / warps_down;  // each 32 rows
     static constexpr int warp_codes = Policy::codes / warps_across;
-    static constexpr int pairs = warp_codes / 8;      // of neighbouring codes that a thread holds of a row and tile
-    static constexpr int slots = 4 * warps_across;    // threads that share a row
+    static constexpr int pairs = warp_codes / 8;    // of neighbouring codes that a thread holds of a row and tile
+    static constexpr int slots = 4 * warps_across;  // threads that share a row
     static constexpr int groups = Policy::threads / exact_lanes;
     static_assert(Policy::codes == image_tile, "a tile of codes is one of the image");
     static_assert(Policy::rows % 32 == 0 && warps_down * warps_across == warps && warp_codes % 16 == 0,
                   "each warp takes 32 rows and a multiple of 16 codes");
+    static_assert(16 * Policy::threads == 32 * Policy::codes, "the narrowest slab is one copy a thread");
     static_assert(Policy::stages >= 2 && Policy::rows % groups == 0 && slots % exact_lanes == 0, "");
 
     static constexpr int slab_bytes = 128 * Policy::codes, row_slab_bytes = 128 * Policy::rows;
-    static constexpr int errors = 0;                                       // float [rows]
-    static constexpr int factors = errors + 4 * Policy::rows;              // float [rows]
-    static constexpr int hard = factors + 4 * Policy::rows;                // int [rows]
-    static constexpr int choices = hard + 4 * Policy::rows;                // exact_choice [warps]
+    static constexpr int errors = 0;                                                        // float [rows]
+    static constexpr int factors = errors + 4 * Policy::rows;                               // float [rows]
+    static constexpr int hard = factors + 4 * Policy::rows;                                 // int [rows]
+    static constexpr int choices = hard + 4 * Policy::rows;                                 // exact_choice [warps]
     static constexpr int words = choices + warps * static_cast<int>(sizeof(exact_choice));  // int [8]
-    static constexpr int codes = (words + 4 * 8 + 127) / 128 * 128;        // [stages] slabs of codes
-    static constexpr int rows = codes + Policy::stages * slab_bytes;       // slabs of rows: all, or two
-    static constexpr int least_bytes = rows + 2 * row_slab_bytes;
+    static constexpr int codes = (words + 4 * 8 + 127) / 128 * 128;                         // [stages] slabs of codes
+    static constexpr int rows = codes + Policy::stages * slab_bytes;  // slabs of rows: all, or two
 
     /// What `row_leaders` become once the tiles are through, [rows][slots], in place of the slabs of codes.
     struct slot {
@@ -77,16 +78,16 @@ struct mma_shape {
 };
 
 /// Shared memory that a block lends to `nearest` on the tensor cores; free for other use between calls, after a
-/// barrier. More than `least_bytes()`, up to `whole_bytes(D)`, spares converting the rows again for every 128 codes.
-template <int Rows, int Stages>
-struct nearest_storage<mma_tile<Rows, Stages>> {
-    char* memory;  ///< shared memory, aligned to 128 bytes
-    int bytes;     ///< how much of it, at least `least_bytes()`
+/// barrier.
+template <int Rows, int Stages, bool Streamed>
+struct nearest_storage<mma_tile<Rows, Stages, Streamed>> {
+    char* memory;  ///< `bytes(D)` of shared memory, aligned to 128 bytes
 
-    CUVQ_HOST_DEVICE static constexpr int least_bytes() { return mma_shape<mma_tile<Rows, Stages>>::least_bytes; }
-    /// To hold rows of so many columns, in the layout of their codebook's image, as a whole.
-    CUVQ_HOST_DEVICE static constexpr std::int64_t whole_bytes(std::int64_t columns) {
-        return mma_shape<mma_tile<Rows, Stages>>::rows + std::int64_t{Rows} * 128 * ((columns + 2) / 64 + 1);
+    /// How much for vectors of so many dimensions.
+    CUVQ_HOST_DEVICE static constexpr std::int64_t bytes(std::int64_t dimensions) {
+        using shape = mma_shape<mma_tile<Rows, Stages, Streamed>>;
+        const std::int64_t slabs = Streamed ? 2 : (dimensions + 2) / 64 + 1;
+        return shape::rows + slabs * shape::row_slab_bytes;
     }
 };
 
@@ -101,46 +102,50 @@ struct row_converter {
     const float* centre;
     float scale;
 
-    /// scale (x - centre) of columns first to first + 7, zeros beyond the data. One rounding: the scale is a power of
-    /// two, and these multiply-adds keep subnormal numbers whatever the compiler's flags.
+    /// Columns first to first + 7, zeros beyond the data. If `Inside`, it ends not before them, and four elements can
+    /// be loaded at a time.
+    template <bool Inside>
     __device__ void load(int first, float (&v)[8]) const {
-        float c[8];
-        if (first + 8 <= columns) {
-            const auto four = [&](int d) {
-                return aligned ? load4(row + d)
-                               : float4{static_cast<float>(row[d]), static_cast<float>(row[d + 1]),
-                                        static_cast<float>(row[d + 2]), static_cast<float>(row[d + 3])};
-            };
-            const float4 low = four(first), high = four(first + 4);
+        if constexpr (Inside) {
+            const float4 low = load4(row + first), high = load4(row + first + 4);
             v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
             v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-            const float4 c_low = load4(centre + first), c_high = load4(centre + first + 4);
-            c[0] = c_low.x, c[1] = c_low.y, c[2] = c_low.z, c[3] = c_low.w;
-            c[4] = c_high.x, c[5] = c_high.y, c[6] = c_high.z, c[7] = c_high.w;
         } else {
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                v[e] = first + e < columns ? static_cast<float>(row[first + e]) : 0.0f;
-                c[e] = first + e < columns ? centre[first + e] : 0.0f;
-            }
+            for (int e = 0; e < 8; ++e) v[e] = first + e < columns ? static_cast<float>(row[first + e]) : 0.0f;
+        }
+    }
+    /// Makes scale (x - centre) of them, with one rounding: the scale is a power of two, and these multiply-adds keep
+    /// subnormal numbers whatever the compiler's flags.
+    template <bool Inside>
+    __device__ void centre_on(int first, float (&v)[8]) const {
+        float c[8];
+        if constexpr (Inside) {
+            const float4 low = load4(centre + first), high = load4(centre + first + 4);
+            c[0] = low.x, c[1] = low.y, c[2] = low.z, c[3] = low.w;
+            c[4] = high.x, c[5] = high.y, c[6] = high.z, c[7] = high.w;
+        } else {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) c[e] = first + e < columns ? centre[first + e] : 0.0f;
         }
 #pragma unroll
-        for (int e = 0; e < 8; ++e)
-            v[e] = __fmaf_ieee_rn(__fmaf_ieee_rn(-1.0f, c[e], v[e]), scale, 0.0f);
+        for (int e = 0; e < 8; ++e) v[e] = __fmaf_ieee_rn(__fmaf_ieee_rn(-1.0f, c[e], v[e]), scale, 0.0f);
     }
     /// The sum of squares of these columns.
+    template <bool Inside>
     __device__ float square(int first) const {
         float v[8], sum = 0;
-        load(first, v);
+        load<Inside>(first, v);
+        centre_on<Inside>(first, v);
 #pragma unroll
         for (int e = 0; e < 8; ++e) sum = fmaf(v[e], v[e], sum);
         return sum;
     }
-    /// Columns first to first + 7 in fp16, times `factor`, with the factor itself in the three columns behind the
-    /// data. Adds the squares of what rounding left to `residual`.
-    __device__ uint4 halves(int first, float factor, int data_columns, float& residual) const {
-        float v[8];
-        load(first, v);
+    /// Loaded columns first to first + 7 in fp16, times `factor`, with the factor itself in the three columns behind
+    /// the data. Adds the squares of what rounding left to `residual`.
+    template <bool Inside>
+    __device__ uint4 halves(int first, float (&v)[8], float factor, int data_columns, float& residual) const {
+        centre_on<Inside>(first, v);
         __half2 out[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -149,7 +154,7 @@ struct row_converter {
             const float2 back = __half22float2(out[e]);
             residual = fmaf(u.x - back.x, u.x - back.x, fmaf(u.y - back.y, u.y - back.y, residual));
         }
-        if (first + 8 > data_columns) {
+        if (!Inside && first + 8 > data_columns) {
             __half* half = reinterpret_cast<__half*>(out);
             const __half beyond = __float2half_rn(columns > 0 ? factor : 0.0f);
 #pragma unroll
@@ -175,7 +180,6 @@ struct mma_search {
     using shape = mma_shape<Policy>;
 
     char* const memory;
-    const bool resident;  // all slabs of the rows are in shared memory
     const matrix_ref<const X>& rows;
     const matrix_ref<const C>& codebook;
     const image_ref& image;
@@ -186,7 +190,6 @@ struct mma_search {
     __device__ mma_search(const nearest_storage<Policy>& storage, const matrix_ref<const X>& x,
                           const matrix_ref<const C>& c, const image_ref& i)
         : memory(storage.memory),
-          resident(storage.bytes >= storage.whole_bytes(x.columns)),
           rows(x),
           codebook(c),
           image(i),
@@ -215,16 +218,26 @@ struct mma_search {
         const float scale = *image.scale;
         for (int r = group; r < Policy::rows; r += shape::groups) {
             const row_converter<X> convert = converter(r, scale);
+            const int first = 8 * group_lane, whole = whole_slabs(convert);
             float square = 0, residual = 0;
-#pragma unroll 2
-            for (int slab = 0; slab < slabs; ++slab) square += convert.square(64 * slab + 8 * group_lane);
+#pragma unroll 4
+            for (int slab = 0; slab < whole; ++slab) square += convert.template square<true>(64 * slab + first);
+            for (int slab = whole; slab < slabs; ++slab) square += convert.template square<false>(64 * slab + first);
 #pragma unroll
             for (int step = 1; step < exact_lanes; step *= 2) square += __shfl_xor_sync(0xFFFFFFFFu, square, step);
             const float factor = row_factor(square);
-#pragma unroll 2
-            for (int slab = 0; slab < slabs; ++slab) {
-                const uint4 v = convert.halves(64 * slab + 8 * group_lane, factor, columns, residual);
-                if (resident) store(v, slab, slab, r);
+#pragma unroll 4
+            for (int slab = 0; slab < whole; ++slab) {
+                float v[8];
+                convert.template load<true>(64 * slab + first, v);
+                const uint4 h = convert.template halves<true>(64 * slab + first, v, factor, columns, residual);
+                if (!Policy::streamed) store<64>(h, slab, r);
+            }
+            for (int slab = whole; slab < slabs; ++slab) {
+                float v[8];
+                convert.template load<false>(64 * slab + first, v);
+                const uint4 h = convert.template halves<false>(64 * slab + first, v, factor, columns, residual);
+                if (!Policy::streamed) store(h, slab, slab, r);
             }
 #pragma unroll
             for (int step = 1; step < exact_lanes; step *= 2) residual += __shfl_xor_sync(0xFFFFFFFFu, residual, step);
@@ -240,32 +253,70 @@ struct mma_search {
         }
         __syncwarp();  // each group reads back its own rows' factors
     }
-    /// Writes one slab of all rows to buffer `to`.
-    __device__ void convert_slab(int slab, int to) const {
+    /// The slabs, from the first on, that hold nothing but data of this row, and can be loaded four elements at a time.
+    __device__ int whole_slabs(const row_converter<X>& convert) const { return aligned ? convert.columns / 64 : 0; }
+    /// This thread's share of one slab of the rows, on its way from memory.
+    using slab_share = float[Policy::rows / shape::groups][8];
+    __device__ void load_slab(int slab, slab_share& v) const {
+        const int first = 64 * slab + 8 * group_lane;
+#pragma unroll
+        for (int i = 0; i < Policy::rows / shape::groups; ++i) {
+            const row_converter<X> convert = converter(group + i * shape::groups, 0);
+            if (slab < whole_slabs(convert))
+                convert.template load<true>(first, v[i]);
+            else
+                convert.template load<false>(first, v[i]);
+        }
+    }
+    /// Writes it in fp16 to buffer `to`.
+    __device__ void store_slab(int slab, slab_share& v, int to) const {
+        const int first = 64 * slab + 8 * group_lane;
         const float scale = *image.scale;
         float ignored = 0;
-        for (int r = group; r < Policy::rows; r += shape::groups)
-            store(converter(r, scale).halves(64 * slab + 8 * group_lane, factors()[r], columns, ignored), slab, to, r);
+#pragma unroll
+        for (int i = 0; i < Policy::rows / shape::groups; ++i) {
+            const int r = group + i * shape::groups;
+            const row_converter<X> convert = converter(r, scale);
+            if (slab < whole_slabs(convert))
+                store<64>(convert.template halves<true>(first, v[i], factors()[r], columns, ignored), to, r);
+            else
+                store(convert.template halves<false>(first, v[i], factors()[r], columns, ignored), slab, to, r);
+        }
+    }
+    template <int Width>
+    __device__ void store(const uint4& v, int to, int row) const {
+        if (8 * group_lane < Width)
+            *reinterpret_cast<uint4*>(memory + shape::rows + to * shape::row_slab_bytes +
+                                      arch::slab_layout::chunk_offset(Width, row, group_lane)) = v;
     }
     __device__ void store(const uint4& v, int slab, int to, int row) const {
         const int width = image.layout.width(slab);
-        if (8 * group_lane < width)
-            *reinterpret_cast<uint4*>(memory + shape::rows + to * shape::row_slab_bytes +
-                                      arch::slab_layout::chunk_offset(width, row, group_lane)) = v;
+        if (width == 64)
+            store<64>(v, to, row);
+        else if (width == 32)
+            store<32>(v, to, row);
+        else
+            store<16>(v, to, row);
     }
 
     /// Walks the slabs of all tiles of codes, copying one at a time into the ring.
     struct loader {
-        const char* tile_rows;
+        const char* tile_rows;  // of this thread's first 16 bytes
+        std::uint32_t ring;     // likewise
         int tile = 0, slab = 0, stage = 0;
 
         __device__ void next(const mma_search& s, int tiles) {
+            constexpr int step = 16 * Policy::threads;
             if (tile < tiles) {
-                const int bytes = 2 * Policy::codes * s.image.layout.width(slab);
-                const std::uint32_t to = arch::shared_window(s.memory + shape::codes + stage * shape::slab_bytes);
+                const int width = s.image.layout.width(slab);
+                const std::uint32_t to = ring + stage * shape::slab_bytes;
                 const char* from = tile_rows + arch::slab_layout::slab_offset(Policy::codes, slab);
-                for (int at = 16 * static_cast<int>(threadIdx.x); at < bytes; at += 16 * Policy::threads)
-                    arch::copy16_async(to + at, from + at);
+                if (width == 64) {
+#pragma unroll
+                    for (int at = 0; at < shape::slab_bytes; at += step) arch::copy16_async(to + at, from + at);
+                } else {
+                    for (int at = 0; at < 2 * Policy::codes * width; at += step) arch::copy16_async(to + at, from + at);
+                }
                 if (++slab == s.slabs) {
                     slab = 0;
                     ++tile;
@@ -280,11 +331,16 @@ struct mma_search {
     /// Scores every code against every row; leaves the slots.
     __device__ void search() const {
         const int tiles = static_cast<int>(image_ref::tiles(codebook.rows));
-        loader load{image.rows};
+        const int thread = static_cast<int>(threadIdx.x);
+        loader load{image.rows + 16 * thread, arch::shared_window(memory + shape::codes) + 16 * thread};
 #pragma unroll
         for (int stage = 0; stage < Policy::stages - 1; ++stage) load.next(*this, tiles);
         convert_rows();
-        if (!resident) convert_slab(0, 0);
+        slab_share share;
+        if constexpr (Policy::streamed) {
+            load_slab(0, share);
+            store_slab(0, share, 0);
+        }
 
         const int warp_row = warp % shape::warps_down * 32, warp_code = warp / shape::warps_down * shape::warp_codes;
         // The compiler must not know the mask: else clearing and tagging are two instructions.
@@ -303,12 +359,13 @@ struct mma_search {
                 arch::copy_wait<Policy::stages - 2>();
                 __syncthreads();
                 load.next(*this, tiles);
-                if (!resident) convert_slab(slab + 1 == slabs ? 0 : slab + 1, turn ^ 1);
+                const int next_slab = slab + 1 == slabs ? 0 : slab + 1;
+                if constexpr (Policy::streamed) load_slab(next_slab, share);
                 const int width = image.layout.width(slab);
                 const std::uint32_t x = arch::shared_window(memory + shape::rows) +
-                                        (resident ? slab : turn) * shape::row_slab_bytes + warp_row * 2 * width;
-                const std::uint32_t c = arch::shared_window(memory + shape::codes) + stage * shape::slab_bytes +
-                                        warp_code * 2 * width;
+                                        (Policy::streamed ? turn : slab) * shape::row_slab_bytes + warp_row * 2 * width;
+                const std::uint32_t c =
+                    arch::shared_window(memory + shape::codes) + stage * shape::slab_bytes + warp_code * 2 * width;
                 if (width == 64)
                     arch::mma_slab<64>(score, x, c);
                 else if (width == 32)
@@ -317,6 +374,7 @@ struct mma_search {
                     arch::mma_slab<16>(score, x, c);
                 stage = stage + 1 == Policy::stages ? 0 : stage + 1;
                 turn ^= 1;
+                if constexpr (Policy::streamed) store_slab(next_slab, share, turn);
             }
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
@@ -438,8 +496,7 @@ struct mma_search {
             for (; open != 0; open &= open - 1) {
                 const int slot = __ffs(open) - 1;
                 const auto at = [&](std::int64_t i) {  // beyond K: another look at the last code
-                    const std::int64_t k =
-                        code_at(slot, static_cast<int>(i / in_tile), static_cast<int>(i % in_tile));
+                    const std::int64_t k = code_at(slot, static_cast<int>(i / in_tile), static_cast<int>(i % in_tile));
                     return k < codebook.rows ? k : codebook.rows - 1;
                 };
                 consider_codes(choice, row, codebook, columns, image_ref::tiles(codebook.rows) * in_tile, group,
@@ -489,9 +546,7 @@ __device__ void nearest(const nearest_storage<Policy>& storage, const matrix_ref
     for (std::int64_t i = threadIdx.x; i < image_ref::parts(codebook.rows); i += Policy::threads) {
         const score_bounds b = image.bounds[i];
         // Floats that are not negative order as integers do, Inf and NaN above all others.
-        const auto raise = [](float& to, float v) {
-            to = __int_as_float(max(__float_as_int(to), __float_as_int(v)));
-        };
+        const auto raise = [](float& to, float v) { to = __int_as_float(max(__float_as_int(to), __float_as_int(v))); };
         raise(most.norm, b.norm);
         raise(most.residual, b.residual);
         raise(most.offset, b.offset);

@@ -132,7 +132,7 @@ std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel:
                           const search_scratch& scratch, cudaStream_t stream) {
     const kernel::codebook_image& i = scratch.image;
     const device::image_ref image{i.centre, i.scale, i.bounds, i.rows, image_layout(args.x.columns)};
-    if (fit_mma<mma_flat, X, C>(args.x.columns).blocks == 0) return 0;
+    if (fit_mma<mma_streamed, X, C>(args.x.columns).blocks == 0) return 0;
     prepare<D>(args.codebook, i, stream);
     return quantize_mma(args, tally, image, most_search_blocks, stream);
 }

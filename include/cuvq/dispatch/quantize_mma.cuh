@@ -29,68 +29,64 @@ void prepare_wide(const matrix_ref<const C>& codebook, const kernel::codebook_im
                   cudaStream_t stream) {
     constexpr unsigned centre_threads = 1024, row_threads = 256;
     detail::launch(kernel::prepare_centre<centre_threads, C>, 1, centre_threads, stream, 0, codebook, image);
-    detail::launch(kernel::prepare_rows<row_threads, C>,
-                   static_cast<unsigned>(device::image_ref::parts(codebook.rows)), row_threads, stream, 0, codebook,
-                   image, layout);
+    detail::launch(kernel::prepare_rows<row_threads, C>, static_cast<unsigned>(device::image_ref::parts(codebook.rows)),
+                   row_threads, stream, 0, codebook, image, layout);
 }
 
 /// What a device offers one tile of the portable search.
 struct mma_fit {
-    int blocks = 0;         // at once on the whole device; 0: none, it has no such tensor cores, or the code has not
-    int shared_bytes = 0;   // of one
-    bool resident = false;  // the rows' fp16 stays in shared memory
+    int blocks = 0;  // at once on the whole device; 0: none fits, or it has no such tensor cores, or the code has not
+    int shared_bytes = 0;  // of one
 };
 
 template <class Tile, class X, class C>
 mma_fit fit_mma(std::int64_t dimensions) {
-    using storage = device::nearest_storage<Tile>;
     const auto search = kernel::quantize_mma<Tile, X, C>;
-    mma_fit fit;
     int device = 0, major = 0, processors = 0, most_bytes = 0, each = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    if (major < 8) return fit;
+    if (major < 8) return {};
     // Compiled for an older target, the kernel is empty and made for a warp only.
     cudaFuncAttributes attributes;
     CUVQ_CHECK_CUDA(cudaFuncGetAttributes(&attributes, search));
-    if (attributes.maxThreadsPerBlock < Tile::threads) return fit;
+    if (attributes.maxThreadsPerBlock < Tile::threads) return {};
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    most_bytes -= static_cast<int>(attributes.sharedSizeBytes);
-    fit.resident = storage::whole_bytes(dimensions) <= most_bytes;
-    fit.shared_bytes = fit.resident ? static_cast<int>(storage::whole_bytes(dimensions)) : storage::least_bytes();
-    if (fit.shared_bytes > most_bytes) return fit;
-    CUVQ_CHECK_CUDA(cudaFuncSetAttribute(search, cudaFuncAttributeMaxDynamicSharedMemorySize, fit.shared_bytes));
+    const std::int64_t bytes = device::nearest_storage<Tile>::bytes(dimensions);
+    if (bytes + static_cast<std::int64_t>(attributes.sharedSizeBytes) > most_bytes) return {};
+    CUVQ_CHECK_CUDA(cudaFuncSetAttribute(search, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    CUVQ_CHECK_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, search, Tile::threads,
-                                                                  static_cast<std::size_t>(fit.shared_bytes)));
-    fit.blocks = each * processors;
-    return fit;
+    CUVQ_CHECK_CUDA(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, search, Tile::threads, static_cast<std::size_t>(bytes)));
+    return {each * processors, static_cast<int>(bytes)};
 }
 
 /// Searches with one tile. Returns how many partial losses it leaves in `tally`; 0, with nothing launched, where the
-/// device or the compiled code has no such path. `image`: of args.codebook.
+/// tile does not fit. `image`: of args.codebook; `fit`: the tile's, for these types and dimensions.
 template <class Tile, class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                          const device::image_ref& image, std::int64_t most_blocks, cudaStream_t stream,
-                          const mma_fit& fit) {
+                          const device::image_ref& image, std::int64_t most_blocks, const mma_fit& fit,
+                          cudaStream_t stream) {
     if (fit.blocks == 0) return 0;
     const unsigned blocks =
         detail::blocks_for(args.x.rows, Tile::rows, std::min<std::int64_t>(most_blocks, fit.blocks));
     detail::launch(kernel::quantize_mma<Tile, X, C>, blocks, Tile::threads, stream,
-                   static_cast<std::size_t>(fit.shared_bytes), args, image, tally, fit.shared_bytes);
+                   static_cast<std::size_t>(fit.shared_bytes), args, image, tally);
     return blocks;
 }
 
-/// As above, with the tile that suits the device, N and D: the taller, unless its rows do not stay in shared memory
-/// while those of the flatter do, or it leaves multiprocessors idle that the flatter would use.
+/// As above, with the tile that suits the device, N and D: the tallest that keeps its rows in shared memory, but the
+/// flat one where there are too few rows for the others to use all multiprocessors.
 template <class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                           const device::image_ref& image, std::int64_t most_blocks, cudaStream_t stream) {
-    const mma_fit tall = fit_mma<mma_tall, X, C>(args.x.columns), flat = fit_mma<mma_flat, X, C>(args.x.columns);
-    const bool few = args.x.rows <= std::int64_t{flat.blocks} * mma_flat::rows;
-    if (tall.blocks == 0 || (flat.blocks > 0 && (few || (flat.resident && !tall.resident))))
-        return quantize_mma<mma_flat>(args, tally, image, most_blocks, stream, flat);
-    return quantize_mma<mma_tall>(args, tally, image, most_blocks, stream, tall);
+    const mma_fit flat = fit_mma<mma_flat, X, C>(args.x.columns);
+    if (args.x.rows <= std::int64_t{flat.blocks} * mma_flat::rows)
+        return quantize_mma<mma_flat>(args, tally, image, most_blocks, flat, stream);
+    const mma_fit tall = fit_mma<mma_tall, X, C>(args.x.columns);
+    if (tall.blocks > 0) return quantize_mma<mma_tall>(args, tally, image, most_blocks, tall, stream);
+    if (flat.blocks > 0) return quantize_mma<mma_flat>(args, tally, image, most_blocks, flat, stream);
+    return quantize_mma<mma_streamed>(args, tally, image, most_blocks, fit_mma<mma_streamed, X, C>(args.x.columns),
+                                      stream);
 }
 
 }  // namespace cuvq::dispatch

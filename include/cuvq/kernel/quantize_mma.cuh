@@ -13,19 +13,18 @@
 
 namespace cuvq::kernel {
 
-/// As `quantize`, on tensor cores: sm_80 and later. `shared_bytes`: the dynamic shared memory of the launch.
+/// As `quantize`, on tensor cores: sm_80 and later. Takes the tile's nearest_storage as dynamic shared memory.
 template <class Policy, class X, class C>
 __global__ __launch_bounds__(CUVQ_HAS_MMA ? Policy::threads : 32,
-                             CUVQ_HAS_MMA ? 2 : 1) void quantize_mma(const __grid_constant__ detail::quantize_args<X, C> a,
-                                                                     const __grid_constant__ device::image_ref image,
-                                                                     const __grid_constant__ search_tally tally,
-                                                                     int shared_bytes) {
+                             Policy::blocks) void quantize_mma(const __grid_constant__ detail::quantize_args<X, C> a,
+                                                               const __grid_constant__ device::image_ref image,
+                                                               const __grid_constant__ search_tally tally) {
 #if CUVQ_HAS_MMA
     extern __shared__ __align__(128) char dynamic_shared[];
     __shared__ std::int64_t codes[Policy::rows];
     output_writer<Policy::threads> outputs;
     __shared__ double group_loss[outputs.groups];
-    const device::nearest_storage<Policy> storage{dynamic_shared, shared_bytes};
+    const device::nearest_storage<Policy> storage{dynamic_shared};
     for (std::int64_t first = std::int64_t{blockIdx.x} * Policy::rows; first < a.x.rows;
          first += std::int64_t{gridDim.x} * Policy::rows) {
         const std::int64_t left = a.x.rows - first;
