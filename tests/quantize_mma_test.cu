@@ -148,8 +148,8 @@ std::vector<std::int64_t> expect_exact(const matrix<X>& x, const matrix<C>& code
         expect_same(mma_tall{});
         expect_same(mma_flat{});
         expect_same(mma_streamed{});
-        expect_same(mma_tile<64, 2, false>{});
-        expect_same(mma_tile<64, 2, true>{});
+        expect_same(mma_tile<64, 2, false, 1>{});
+        expect_same(mma_tile<64, 2, true, 2>{});
         EXPECT_GE(tiles, 2) << "those that stream";
         if (x.columns <= 125) EXPECT_EQ(tiles, 5);
     }

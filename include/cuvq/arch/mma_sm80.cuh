@@ -35,7 +35,7 @@ struct slab_layout {
     CUVQ_HOST_DEVICE static constexpr int slab_offset(int rows, int slab) { return slab * rows * 128; }
     /// Bytes from a slab's start to its 8 columns `chunk` (of width / 8) of `row`: 16 bytes.
     CUVQ_HOST_DEVICE static constexpr int chunk_offset(int width, int row, int chunk) {
-        return row * 2 * width + ((chunk ^ (row / (64 / width) & (width / 8 - 1))) << 4);
+        return row * 2 * width + ((chunk ^ (row * width / 64 & (width / 8 - 1))) << 4);
     }
     /// Bytes from an operand's start to the 8 columns from `column` on, a multiple of 8.
     CUVQ_HOST_DEVICE constexpr int offset(int rows, int row, int column) const {

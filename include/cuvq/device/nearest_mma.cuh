@@ -63,8 +63,7 @@ struct mma_shape {
 
     static constexpr int slab_bytes = 128 * Policy::codes, row_slab_bytes = 128 * Policy::rows;
     static constexpr int errors = 0;                                                        // float [rows]
-    static constexpr int factors = errors + 4 * Policy::rows;                               // float [rows]
-    static constexpr int hard = factors + 4 * Policy::rows;                                 // int [rows]
+    static constexpr int hard = errors + 4 * Policy::rows;                                  // int [rows]
     static constexpr int choices = hard + 4 * Policy::rows;                                 // exact_choice [warps]
     static constexpr int words = choices + warps * static_cast<int>(sizeof(exact_choice));  // int [8]
     static constexpr int codes = (words + 4 * 8 + 127) / 128 * 128;                         // [stages] slabs of codes
@@ -79,93 +78,19 @@ struct mma_shape {
 
 /// Shared memory that a block lends to `nearest` on the tensor cores; free for other use between calls, after a
 /// barrier.
-template <int Rows, int Stages, bool Streamed>
-struct nearest_storage<mma_tile<Rows, Stages, Streamed>> {
+template <int Rows, int Stages, bool Streamed, int Blocks>
+struct nearest_storage<mma_tile<Rows, Stages, Streamed, Blocks>> {
     char* memory;  ///< `bytes(D)` of shared memory, aligned to 128 bytes
 
     /// How much for vectors of so many dimensions.
     CUVQ_HOST_DEVICE static constexpr std::int64_t bytes(std::int64_t dimensions) {
-        using shape = mma_shape<mma_tile<Rows, Stages, Streamed>>;
+        using shape = mma_shape<mma_tile<Rows, Stages, Streamed, Blocks>>;
         const std::int64_t slabs = Streamed ? 2 : (dimensions + 2) / 64 + 1;
         return shape::rows + slabs * shape::row_slab_bytes;
     }
 };
 
 #if CUVQ_HAS_MMA
-
-/// A row of x on its way to fp16, as eight lanes see it that take 8 columns of every 64 each.
-template <class X>
-struct row_converter {
-    const X* row;
-    int columns;  ///< 0 for a row beyond the last
-    bool aligned;
-    const float* centre;
-    float scale;
-
-    /// Columns first to first + 7, zeros beyond the data. If `Inside`, it ends not before them, and four elements can
-    /// be loaded at a time.
-    template <bool Inside>
-    __device__ void load(int first, float (&v)[8]) const {
-        if constexpr (Inside) {
-            const float4 low = load4(row + first), high = load4(row + first + 4);
-            v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-            v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-        } else {
-#pragma unroll
-            for (int e = 0; e < 8; ++e) v[e] = first + e < columns ? static_cast<float>(row[first + e]) : 0.0f;
-        }
-    }
-    /// Makes scale (x - centre) of them, with one rounding: the scale is a power of two, and these multiply-adds keep
-    /// subnormal numbers whatever the compiler's flags.
-    template <bool Inside>
-    __device__ void centre_on(int first, float (&v)[8]) const {
-        float c[8];
-        if constexpr (Inside) {
-            const float4 low = load4(centre + first), high = load4(centre + first + 4);
-            c[0] = low.x, c[1] = low.y, c[2] = low.z, c[3] = low.w;
-            c[4] = high.x, c[5] = high.y, c[6] = high.z, c[7] = high.w;
-        } else {
-#pragma unroll
-            for (int e = 0; e < 8; ++e) c[e] = first + e < columns ? centre[first + e] : 0.0f;
-        }
-#pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] = __fmaf_ieee_rn(__fmaf_ieee_rn(-1.0f, c[e], v[e]), scale, 0.0f);
-    }
-    /// The sum of squares of these columns.
-    template <bool Inside>
-    __device__ float square(int first) const {
-        float v[8], sum = 0;
-        load<Inside>(first, v);
-        centre_on<Inside>(first, v);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) sum = fmaf(v[e], v[e], sum);
-        return sum;
-    }
-    /// Loaded columns first to first + 7 in fp16, times `factor`, with the factor itself in the three columns behind
-    /// the data. Adds the squares of what rounding left to `residual`.
-    template <bool Inside>
-    __device__ uint4 halves(int first, float (&v)[8], float factor, int data_columns, float& residual) const {
-        centre_on<Inside>(first, v);
-        __half2 out[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const float2 u{factor * v[2 * e], factor * v[2 * e + 1]};
-            out[e] = __floats2half2_rn(u.x, u.y);
-            const float2 back = __half22float2(out[e]);
-            residual = fmaf(u.x - back.x, u.x - back.x, fmaf(u.y - back.y, u.y - back.y, residual));
-        }
-        if (!Inside && first + 8 > data_columns) {
-            __half* half = reinterpret_cast<__half*>(out);
-            const __half beyond = __float2half_rn(columns > 0 ? factor : 0.0f);
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const int past = first + e - data_columns;
-                if (past >= 0) half[e] = past < 3 ? beyond : __float2half_rn(0.0f);
-            }
-        }
-        return *reinterpret_cast<const uint4*>(out);
-    }
-};
 
 /// The power of two that makes a row of this |scale (x - centre)|^2 fit fp16, and fp16 can hold itself; 0 if there is
 /// none, for NaN too.
@@ -179,13 +104,15 @@ template <class Policy, class X, class C>
 struct mma_search {
     using shape = mma_shape<Policy>;
 
+    static constexpr int each = Policy::rows / shape::groups;  // rows that a group of eight lanes converts
+
     char* const memory;
     const matrix_ref<const X>& rows;
     const matrix_ref<const C>& codebook;
     const image_ref& image;
     const int columns, slabs;  // slabs that hold data
     const int lane, warp, group, group_lane;
-    const bool aligned;
+    const int whole;  // slabs, from the first on, that hold nothing but data, in rows aligned for loads of four
 
     __device__ mma_search(const nearest_storage<Policy>& storage, const matrix_ref<const X>& x,
                           const matrix_ref<const C>& c, const image_ref& i)
@@ -199,128 +126,164 @@ struct mma_search {
           warp(static_cast<int>(threadIdx.x) / 32),
           group(static_cast<int>(threadIdx.x) / exact_lanes),
           group_lane(static_cast<int>(threadIdx.x) % exact_lanes),
-          aligned(is_aligned4(x.data) && x.stride % 4 == 0) {}
+          whole(is_aligned4(x.data) && x.stride % 4 == 0 ? columns / 64 : 0) {}
 
     __device__ float* errors() const { return reinterpret_cast<float*>(memory + shape::errors); }
-    __device__ float* factors() const { return reinterpret_cast<float*>(memory + shape::factors); }
     /// Bounds of the codebook as integers, the count of hard rows, the mask of tagged scores.
     __device__ int* words() const { return reinterpret_cast<int*>(memory + shape::words); }
 
-    __device__ row_converter<X> converter(int row, float scale) const {
-        const bool inside = row < rows.rows;
-        return {rows.row(inside ? row : 0), inside ? columns : 0, aligned, image.centre, scale};
+    /// A group's lane's part of one slab: 8 columns of each of its rows.
+    using row_share = float[each][8];
+
+    /// The columns of x, zeros beyond the last. Beyond the last row, that one again: nobody looks at what comes of it.
+    __device__ void load(int slab, row_share& v) const {
+        const int first = 64 * slab + 8 * group_lane;
+        const auto row = [&](int i) {
+            const std::int64_t r = group + i * shape::groups;
+            return rows.row(r < rows.rows ? r : rows.rows - 1) + first;
+        };
+        if (slab < whole) {  // one branch for all loads, so that they overlap
+#pragma unroll
+            for (int i = 0; i < each; ++i) {
+                const float4 low = load4(row(i)), high = load4(row(i) + 4);
+                v[i][0] = low.x, v[i][1] = low.y, v[i][2] = low.z, v[i][3] = low.w;
+                v[i][4] = high.x, v[i][5] = high.y, v[i][6] = high.z, v[i][7] = high.w;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < each; ++i)
+#pragma unroll
+                for (int e = 0; e < 8; ++e) v[i][e] = first + e < columns ? static_cast<float>(row(i)[e]) : 0.0f;
+        }
+    }
+    /// Makes scale (x - centre) of them, with one rounding: the scale is a power of two, and these multiply-adds keep
+    /// subnormal numbers whatever the compiler's flags.
+    __device__ void centre(int slab, float scale, row_share& v) const {
+        const int first = 64 * slab + 8 * group_lane;
+        float c[8];
+        if (first + 8 <= columns) {
+            const float4 low = load4(image.centre + first), high = load4(image.centre + first + 4);
+            c[0] = low.x, c[1] = low.y, c[2] = low.z, c[3] = low.w;
+            c[4] = high.x, c[5] = high.y, c[6] = high.z, c[7] = high.w;
+        } else {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) c[e] = first + e < columns ? image.centre[first + e] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < each; ++i)
+#pragma unroll
+            for (int e = 0; e < 8; ++e) v[i][e] = __fmaf_ieee_rn(__fmaf_ieee_rn(-1.0f, c[e], v[i][e]), scale, 0.0f);
+    }
+    /// Writes loaded columns to buffer `to` in fp16, centred and times the rows' factors, and the factors themselves in
+    /// the three columns behind the data; not if only to be `measured`. Adds the squares of what rounding leaves.
+    template <bool Measured>
+    __device__ void store(int slab, float scale, const float (&factor)[each], row_share& v, int to,
+                          float (&residual)[each]) const {
+        const int first = 64 * slab + 8 * group_lane, width = image.layout.width(slab);
+        centre(slab, scale, v);
+        const bool inside = 8 * group_lane < width;
+        static_assert(shape::groups % 8 == 0, "so that a lane's rows are swizzled alike");
+        char* to_first = memory + shape::rows + to * shape::row_slab_bytes +
+                         arch::slab_layout::chunk_offset(width, group, inside ? group_lane : 0);
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+            alignas(16) __half2 out[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float2 u{factor[i] * v[i][2 * e], factor[i] * v[i][2 * e + 1]};
+                out[e] = __floats2half2_rn(u.x, u.y);
+                const float2 back = __half22float2(out[e]);
+                residual[i] = fmaf(u.x - back.x, u.x - back.x, fmaf(u.y - back.y, u.y - back.y, residual[i]));
+            }
+            if (Measured) continue;
+            if (first + 8 > columns) {
+                __half* half = reinterpret_cast<__half*>(out);
+#pragma unroll
+                for (int e = 0; e < 8; ++e) {
+                    const int beyond = first + e - columns;
+                    if (beyond >= 0) half[e] = __float2half_rn(beyond < 3 ? factor[i] : 0.0f);
+                }
+            }
+            if (inside)
+                *reinterpret_cast<uint4*>(to_first + i * shape::groups * 2 * width) = *reinterpret_cast<uint4*>(out);
+        }
     }
 
-    /// Measures all rows: errors and factors; writes the operand too, if all of it has room.
-    __device__ void convert_rows() const {
+    /// Measures all rows: errors and factors; writes the operand too, if it is to stay.
+    __device__ void convert_rows(float (&factor)[each]) const {
         const auto* b = reinterpret_cast<const float*>(words());
         const score_bounds bounds{b[0], b[1], b[2], b[3]};
         const float scale = *image.scale;
-        for (int r = group; r < Policy::rows; r += shape::groups) {
-            const row_converter<X> convert = converter(r, scale);
-            const int first = 8 * group_lane, whole = whole_slabs(convert);
-            float square = 0, residual = 0;
-#pragma unroll 4
-            for (int slab = 0; slab < whole; ++slab) square += convert.template square<true>(64 * slab + first);
-            for (int slab = whole; slab < slabs; ++slab) square += convert.template square<false>(64 * slab + first);
+        const auto sum_over_group = [](float v) {
 #pragma unroll
-            for (int step = 1; step < exact_lanes; step *= 2) square += __shfl_xor_sync(0xFFFFFFFFu, square, step);
-            const float factor = row_factor(square);
-#pragma unroll 4
-            for (int slab = 0; slab < whole; ++slab) {
-                float v[8];
-                convert.template load<true>(64 * slab + first, v);
-                const uint4 h = convert.template halves<true>(64 * slab + first, v, factor, columns, residual);
-                if (!Policy::streamed) store<64>(h, slab, r);
-            }
-            for (int slab = whole; slab < slabs; ++slab) {
-                float v[8];
-                convert.template load<false>(64 * slab + first, v);
-                const uint4 h = convert.template halves<false>(64 * slab + first, v, factor, columns, residual);
-                if (!Policy::streamed) store(h, slab, slab, r);
-            }
+            for (int step = 1; step < exact_lanes; step *= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, step);
+            return v;
+        };
+        float square[each] = {}, residual[each] = {};
+#pragma unroll 2
+        for (int slab = 0; slab < slabs; ++slab) {
+            row_share v;
+            load(slab, v);
+            centre(slab, scale, v);
 #pragma unroll
-            for (int step = 1; step < exact_lanes; step *= 2) residual += __shfl_xor_sync(0xFFFFFFFFu, residual, step);
+            for (int i = 0; i < each; ++i)
+#pragma unroll
+                for (int e = 0; e < 8; ++e) square[i] = fmaf(v[i][e], v[i][e], square[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+            square[i] = sum_over_group(square[i]);
+            factor[i] = row_factor(square[i]);
+        }
+#pragma unroll 2
+        for (int slab = 0; slab < slabs; ++slab) {
+            row_share v;
+            load(slab, v);
+            store<Policy::streamed>(slab, scale, factor, v, slab, residual);
+        }
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
             // 1.0005 and 1e-16 cover the rounding and the underflow of the sums of squares; 2^-23 that of x - centre.
-            const float length = 1.0005f * factor * sqrtf(square) + 1e-16f;
-            residual = 1.0005f * sqrtf(residual) + 1e-16f + 0x1p-23f * length;
+            const float length = 1.0005f * factor[i] * sqrtf(square[i]) + 1e-16f;
+            const float rest = 1.0005f * sqrtf(sum_over_group(residual[i])) + 1e-16f + 0x1p-23f * length;
             const int steps = 4 * (slabs - 1) + image.layout.width(slabs - 1) / 16;
-            const float error = score_error(length, residual, factor, bounds, steps);
-            if (group_lane == 0) {
-                errors()[r] = factor > 0 ? error : __int_as_float(0x7FC00000);
-                factors()[r] = factor;
-            }
+            const float error = score_error(length, rest, factor[i], bounds, steps);
+            if (group_lane == 0)
+                errors()[group + i * shape::groups] = factor[i] > 0 ? error : __int_as_float(0x7FC00000);
         }
-        __syncwarp();  // each group reads back its own rows' factors
-    }
-    /// The slabs, from the first on, that hold nothing but data of this row, and can be loaded four elements at a time.
-    __device__ int whole_slabs(const row_converter<X>& convert) const { return aligned ? convert.columns / 64 : 0; }
-    /// This thread's share of one slab of the rows, on its way from memory.
-    using slab_share = float[Policy::rows / shape::groups][8];
-    __device__ void load_slab(int slab, slab_share& v) const {
-        const int first = 64 * slab + 8 * group_lane;
-#pragma unroll
-        for (int i = 0; i < Policy::rows / shape::groups; ++i) {
-            const row_converter<X> convert = converter(group + i * shape::groups, 0);
-            if (slab < whole_slabs(convert))
-                convert.template load<true>(first, v[i]);
-            else
-                convert.template load<false>(first, v[i]);
-        }
-    }
-    /// Writes it in fp16 to buffer `to`.
-    __device__ void store_slab(int slab, slab_share& v, int to) const {
-        const int first = 64 * slab + 8 * group_lane;
-        const float scale = *image.scale;
-        float ignored = 0;
-#pragma unroll
-        for (int i = 0; i < Policy::rows / shape::groups; ++i) {
-            const int r = group + i * shape::groups;
-            const row_converter<X> convert = converter(r, scale);
-            if (slab < whole_slabs(convert))
-                store<64>(convert.template halves<true>(first, v[i], factors()[r], columns, ignored), to, r);
-            else
-                store(convert.template halves<false>(first, v[i], factors()[r], columns, ignored), slab, to, r);
-        }
-    }
-    template <int Width>
-    __device__ void store(const uint4& v, int to, int row) const {
-        if (8 * group_lane < Width)
-            *reinterpret_cast<uint4*>(memory + shape::rows + to * shape::row_slab_bytes +
-                                      arch::slab_layout::chunk_offset(Width, row, group_lane)) = v;
-    }
-    __device__ void store(const uint4& v, int slab, int to, int row) const {
-        const int width = image.layout.width(slab);
-        if (width == 64)
-            store<64>(v, to, row);
-        else if (width == 32)
-            store<32>(v, to, row);
-        else
-            store<16>(v, to, row);
     }
 
     /// Walks the slabs of all tiles of codes, copying one at a time into the ring.
     struct loader {
-        const char* tile_rows;  // of this thread's first 16 bytes
-        std::uint32_t ring;     // likewise
-        int tile = 0, slab = 0, stage = 0;
+        const char* tile_rows;  // of this thread's first 16 bytes, as the next two
+        const char* from;
+        const std::uint32_t ring;
+        int left;  // slabs of all tiles
+        int slab = 0, stage = 0;
 
-        __device__ void next(const mma_search& s, int tiles) {
+        __device__ loader(const mma_search& s, int tiles)
+            : tile_rows(s.image.rows + 16 * static_cast<int>(threadIdx.x)),
+              from(tile_rows),
+              ring(arch::shared_window(s.memory + shape::codes) + 16 * static_cast<int>(threadIdx.x)),
+              left(tiles * s.slabs) {}
+
+        __device__ void next(const mma_search& s) {
             constexpr int step = 16 * Policy::threads;
-            if (tile < tiles) {
-                const int width = s.image.layout.width(slab);
+            if (left > 0) {
+                --left;
                 const std::uint32_t to = ring + stage * shape::slab_bytes;
-                const char* from = tile_rows + arch::slab_layout::slab_offset(Policy::codes, slab);
-                if (width == 64) {
-#pragma unroll
-                    for (int at = 0; at < shape::slab_bytes; at += step) arch::copy16_async(to + at, from + at);
-                } else {
-                    for (int at = 0; at < 2 * Policy::codes * width; at += step) arch::copy16_async(to + at, from + at);
+                const int width = s.image.layout.width(slab);
+                arch::copy16_async(to, from);
+                if (width > 16) arch::copy16_async(to + step, from + step);
+                if (width > 32) {
+                    arch::copy16_async(to + 2 * step, from + 2 * step);
+                    arch::copy16_async(to + 3 * step, from + 3 * step);
                 }
+                from += shape::slab_bytes;
                 if (++slab == s.slabs) {
                     slab = 0;
-                    ++tile;
                     tile_rows += Policy::codes * s.image.layout.row_bytes();
+                    from = tile_rows;
                 }
             }
             arch::copy_commit();
@@ -331,15 +294,15 @@ struct mma_search {
     /// Scores every code against every row; leaves the slots.
     __device__ void search() const {
         const int tiles = static_cast<int>(image_ref::tiles(codebook.rows));
-        const int thread = static_cast<int>(threadIdx.x);
-        loader load{image.rows + 16 * thread, arch::shared_window(memory + shape::codes) + 16 * thread};
+        loader load_codes(*this, tiles);
 #pragma unroll
-        for (int stage = 0; stage < Policy::stages - 1; ++stage) load.next(*this, tiles);
-        convert_rows();
-        slab_share share;
+        for (int i = 0; i < Policy::stages - 1; ++i) load_codes.next(*this);
+        float factor[each], ignored[each] = {};
+        convert_rows(factor);
+        row_share share;
         if constexpr (Policy::streamed) {
-            load_slab(0, share);
-            store_slab(0, share, 0);
+            load(0, share);
+            store<false>(0, *image.scale, factor, share, 0, ignored);
         }
 
         const int warp_row = warp % shape::warps_down * 32, warp_code = warp / shape::warps_down * shape::warp_codes;
@@ -358,9 +321,8 @@ struct mma_search {
             for (int slab = 0; slab < slabs; ++slab) {
                 arch::copy_wait<Policy::stages - 2>();
                 __syncthreads();
-                load.next(*this, tiles);
                 const int next_slab = slab + 1 == slabs ? 0 : slab + 1;
-                if constexpr (Policy::streamed) load_slab(next_slab, share);
+                if constexpr (Policy::streamed) load(next_slab, share);
                 const int width = image.layout.width(slab);
                 const std::uint32_t x = arch::shared_window(memory + shape::rows) +
                                         (Policy::streamed ? turn : slab) * shape::row_slab_bytes + warp_row * 2 * width;
@@ -372,9 +334,10 @@ struct mma_search {
                     arch::mma_slab<32>(score, x, c);
                 else
                     arch::mma_slab<16>(score, x, c);
+                load_codes.next(*this);  // into the buffer that all warps left before the barrier
                 stage = stage + 1 == Policy::stages ? 0 : stage + 1;
                 turn ^= 1;
-                if constexpr (Policy::streamed) store_slab(next_slab, share, turn);
+                if constexpr (Policy::streamed) store<false>(next_slab, *image.scale, factor, share, turn, ignored);
             }
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
@@ -421,12 +384,12 @@ struct mma_search {
         const auto* all_slots = reinterpret_cast<const typename shape::slot*>(memory + shape::codes);
         int* hard = reinterpret_cast<int*>(memory + shape::hard);
         const unsigned first_lane = static_cast<unsigned>(lane) & 24u, mask = 0xFFu << first_lane;
-        constexpr int each = shape::slots / exact_lanes;
+        constexpr int per_lane = shape::slots / exact_lanes;
         for (int r = group; r < rows.rows; r += shape::groups) {
-            typename shape::slot mine[each];
+            typename shape::slot mine[per_lane];
             int best = row_leaders::least;
 #pragma unroll
-            for (int i = 0; i < each; ++i) {
+            for (int i = 0; i < per_lane; ++i) {
                 mine[i] = all_slots[r * shape::slots + i * exact_lanes + group_lane];
                 best = max(best, mine[i].best);
             }
@@ -438,11 +401,11 @@ struct mma_search {
             const bool decided = limit > 0.0f;  // else integers do not order scores; false for NaN too
             const int least = decided ? __float_as_int(limit) : 1;
 
-            unsigned firsts[each], seconds[each], full = 0;
+            unsigned firsts[per_lane], seconds[per_lane], full = 0;
             int count = 0;
             bool missed = false;
 #pragma unroll
-            for (int i = 0; i < each; ++i) {
+            for (int i = 0; i < per_lane; ++i) {
                 firsts[i] = __ballot_sync(mask, mine[i].best >= least);
                 seconds[i] = __ballot_sync(mask, mine[i].next >= least);
                 count += __popc(firsts[i]) + __popc(seconds[i]);
@@ -455,20 +418,31 @@ struct mma_search {
                 continue;
             }
             exact_choice choice;
-#pragma unroll
-            for (int i = 0; i < each; ++i) {
-                const auto take = [&](unsigned left, int code) {
-                    for (; left != 0; left &= left - 1) {
-                        const std::int64_t k = __shfl_sync(mask, code, __ffs(left) - 1);
-                        if (count == 1)
-                            choice.code = k;
-                        else
-                            choice.consider(exact_distance(rows.row(r), codebook.row(k), columns), k);
+            std::int64_t held = -1;  // two at a time, so that their loads overlap
+            const auto take = [&](unsigned left, int code) {
+                for (; left != 0; left &= left - 1) {
+                    const std::int64_t k = __shfl_sync(mask, code, __ffs(left) - 1);
+                    if (held < 0) {
+                        held = k;
+                        continue;
                     }
-                };
+                    const C* const pair[2] = {codebook.row(held), codebook.row(k)};
+                    double distances[2];
+                    exact_distances(rows.row(r), pair, columns, distances);
+                    choice.consider(distances[0], held);
+                    choice.consider(distances[1], k);
+                    held = -1;
+                }
+            };
+#pragma unroll
+            for (int i = 0; i < per_lane; ++i) {
                 take(firsts[i], mine[i].best_code);
                 take(seconds[i], mine[i].next_code);
             }
+            if (count == 1)
+                choice.code = held;
+            else if (held >= 0)
+                choice.consider(exact_distance(rows.row(r), codebook.row(held), columns), held);
             if (group_lane == 0) codes[r] = choice.code;
         }
         __syncthreads();
@@ -537,6 +511,7 @@ template <class Policy, class X, class C>
 __device__ void nearest(const nearest_storage<Policy>& storage, const matrix_ref<const X>& rows,
                         const matrix_ref<const C>& codebook, const image_ref& image, std::int64_t* codes) {
 #if CUVQ_HAS_MMA
+    if (rows.rows == 0) return;
     const mma_search<Policy, X, C> search(storage, rows, codebook, image);
     int* words = search.words();
     if (threadIdx.x < 5) words[threadIdx.x] = 0;
