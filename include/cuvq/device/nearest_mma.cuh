@@ -64,16 +64,27 @@ struct mma_shape {
     static constexpr int slab_bytes = 128 * Policy::codes, row_slab_bytes = 128 * Policy::rows;
     static constexpr int errors = 0;                                                        // float [rows]
     static constexpr int hard = errors + 4 * Policy::rows;                                  // int [rows]
-    static constexpr int choices = hard + 4 * Policy::rows;                                 // exact_choice [warps]
+    static constexpr int open = hard + 4 * Policy::rows;                                    // int [rows]
+    static constexpr int choices = open + 4 * Policy::rows;                                 // exact_choice [warps]
     static constexpr int words = choices + warps * static_cast<int>(sizeof(exact_choice));  // int [8]
     static constexpr int codes = (words + 4 * 8 + 127) / 128 * 128;                         // [stages] slabs of codes
     static constexpr int rows = codes + Policy::stages * slab_bytes;  // slabs of rows: all, or two
 
-    /// What `row_leaders` become once the tiles are through, [rows][slots], in place of the slabs of codes.
+    // Once the tiles are through, in place of the slabs of codes:
+    /// what becomes of `row_leaders`, [rows][slots];
     struct slot {
         int best, best_code, next, next_code, rest;
     };
-    static_assert(Policy::rows * slots * sizeof(slot) <= Policy::stages * slab_bytes, "");
+    /// codes whose distance decides.
+    struct candidate {
+        double distance;
+        int row, code;
+    };
+    static constexpr int most_candidates = 512;
+    static constexpr int slots_at = codes;
+    static constexpr int candidates_at = slots_at + Policy::rows * slots * static_cast<int>(sizeof(slot));
+    static_assert(candidates_at + most_candidates * static_cast<int>(sizeof(candidate)) <= rows, "");
+    static_assert(Policy::rows <= Policy::threads && Policy::rows <= 256, "");
 };
 
 /// Shared memory that a block lends to `nearest` on the tensor cores; free for other use between calls, after a
@@ -129,7 +140,7 @@ struct mma_search {
           whole(is_aligned4(x.data) && x.stride % 4 == 0 ? columns / 64 : 0) {}
 
     __device__ float* errors() const { return reinterpret_cast<float*>(memory + shape::errors); }
-    /// Bounds of the codebook as integers, the count of hard rows, the mask of tagged scores.
+    /// Bounds of the codebook as integers, the count of hard rows, the mask of tagged scores, the count of candidates.
     __device__ int* words() const { return reinterpret_cast<int*>(memory + shape::words); }
 
     /// A group's lane's part of one slab: 8 columns of each of its rows.
@@ -174,13 +185,12 @@ struct mma_search {
 #pragma unroll
             for (int e = 0; e < 8; ++e) v[i][e] = __fmaf_ieee_rn(__fmaf_ieee_rn(-1.0f, c[e], v[i][e]), scale, 0.0f);
     }
-    /// Writes loaded columns to buffer `to` in fp16, centred and times the rows' factors, and the factors themselves in
-    /// the three columns behind the data; not if only to be `measured`. Adds the squares of what rounding leaves.
+    /// Writes centred columns to buffer `to` in fp16, times the rows' factors, and the factors themselves in the three
+    /// columns behind the data; not if only to be `measured`. Adds the squares of what rounding leaves.
     template <bool Measured>
-    __device__ void store(int slab, float scale, const float (&factor)[each], row_share& v, int to,
+    __device__ void store(int slab, const float (&factor)[each], const row_share& v, int to,
                           float (&residual)[each]) const {
         const int first = 64 * slab + 8 * group_lane, width = image.layout.width(slab);
-        centre(slab, scale, v);
         const bool inside = 8 * group_lane < width;
         static_assert(shape::groups % 8 == 0, "so that a lane's rows are swizzled alike");
         char* to_first = memory + shape::rows + to * shape::row_slab_bytes +
@@ -220,6 +230,9 @@ struct mma_search {
             return v;
         };
         float square[each] = {}, residual[each] = {};
+        bool fits = true;
+#pragma unroll
+        for (int i = 0; i < each; ++i) factor[i] = 1.0f;
 #pragma unroll 2
         for (int slab = 0; slab < slabs; ++slab) {
             row_share v;
@@ -229,17 +242,23 @@ struct mma_search {
             for (int i = 0; i < each; ++i)
 #pragma unroll
                 for (int e = 0; e < 8; ++e) square[i] = fmaf(v[i][e], v[i][e], square[i]);
+            store<Policy::streamed>(slab, factor, v, slab, residual);
         }
 #pragma unroll
         for (int i = 0; i < each; ++i) {
             square[i] = sum_over_group(square[i]);
             factor[i] = row_factor(square[i]);
+            fits = fits && factor[i] == 1.0f;
         }
-#pragma unroll 2
-        for (int slab = 0; slab < slabs; ++slab) {
-            row_share v;
-            load(slab, v);
-            store<Policy::streamed>(slab, scale, factor, v, slab, residual);
+        if (!__all_sync(0xFFFFFFFFu, fits)) {  // rarely: once more, with the right factors
+#pragma unroll
+            for (int i = 0; i < each; ++i) residual[i] = 0;
+            for (int slab = 0; slab < slabs; ++slab) {
+                row_share v;
+                load(slab, v);
+                centre(slab, scale, v);
+                store<Policy::streamed>(slab, factor, v, slab, residual);
+            }
         }
 #pragma unroll
         for (int i = 0; i < each; ++i) {
@@ -302,7 +321,8 @@ struct mma_search {
         row_share share;
         if constexpr (Policy::streamed) {
             load(0, share);
-            store<false>(0, *image.scale, factor, share, 0, ignored);
+            centre(0, *image.scale, share);
+            store<false>(0, factor, share, 0, ignored);
         }
 
         const int warp_row = warp % shape::warps_down * 32, warp_code = warp / shape::warps_down * shape::warp_codes;
@@ -337,7 +357,10 @@ struct mma_search {
                 load_codes.next(*this);  // into the buffer that all warps left before the barrier
                 stage = stage + 1 == Policy::stages ? 0 : stage + 1;
                 turn ^= 1;
-                if constexpr (Policy::streamed) store<false>(next_slab, *image.scale, factor, share, turn, ignored);
+                if constexpr (Policy::streamed) {
+                    centre(next_slab, *image.scale, share);
+                    store<false>(next_slab, factor, share, turn, ignored);
+                }
             }
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
@@ -362,7 +385,7 @@ struct mma_search {
         }
         arch::copy_wait<0>();
         __syncthreads();
-        auto* slots = reinterpret_cast<typename shape::slot*>(memory + shape::codes);
+        auto* slots = reinterpret_cast<typename shape::slot*>(memory + shape::slots_at);
         const int slot = warp / shape::warps_down * 4 + lane % 4;
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
@@ -379,10 +402,14 @@ struct mma_search {
         return tile * Policy::codes + slot / 4 * shape::warp_codes + at / 2 * 8 + slot % 4 * 2 + at % 2;
     }
 
-    /// Every row's code from its slots, by a group of eight lanes; rows of many candidates are listed as hard.
+    /// Every row's code from its slots. Rows of more candidates than the slots know are listed as hard.
     __device__ void settle_rows(std::int64_t* codes) const {
-        const auto* all_slots = reinterpret_cast<const typename shape::slot*>(memory + shape::codes);
+        const auto* all_slots = reinterpret_cast<const typename shape::slot*>(memory + shape::slots_at);
+        auto* candidates = reinterpret_cast<typename shape::candidate*>(memory + shape::candidates_at);
+        int* open = reinterpret_cast<int*>(memory + shape::open);
         int* hard = reinterpret_cast<int*>(memory + shape::hard);
+        int* hard_count = words() + 4;
+        int* candidate_count = words() + 6;
         const unsigned first_lane = static_cast<unsigned>(lane) & 24u, mask = 0xFFu << first_lane;
         constexpr int per_lane = shape::slots / exact_lanes;
         for (int r = group; r < rows.rows; r += shape::groups) {
@@ -401,7 +428,7 @@ struct mma_search {
             const bool decided = limit > 0.0f;  // else integers do not order scores; false for NaN too
             const int least = decided ? __float_as_int(limit) : 1;
 
-            unsigned firsts[per_lane], seconds[per_lane], full = 0;
+            unsigned firsts[per_lane], seconds[per_lane], slots = 0;
             int count = 0;
             bool missed = false;
 #pragma unroll
@@ -409,41 +436,55 @@ struct mma_search {
                 firsts[i] = __ballot_sync(mask, mine[i].best >= least);
                 seconds[i] = __ballot_sync(mask, mine[i].next >= least);
                 count += __popc(firsts[i]) + __popc(seconds[i]);
-                full |= firsts[i] >> first_lane << (i * exact_lanes);
+                slots |= firsts[i] >> first_lane << (i * exact_lanes);
                 missed = missed || mine[i].rest >= least;
             }
             missed = __any_sync(mask, missed);
-            if (!decided || missed) {
-                if (group_lane == 0) hard[atomicAdd(words() + 4, 1)] = r | (decided ? full << 8 : 0u);
-                continue;
+            bool listed = decided && !missed;
+            int at = 0;
+            if (listed && count > 1) {
+                if (group_lane == 0) at = atomicAdd(candidate_count, count);
+                at = __shfl_sync(mask, at, static_cast<int>(first_lane));
+                listed = at + count <= shape::most_candidates;
+                if (!listed)  // what of its places there is stays empty
+                    for (int i = at + group_lane; i < shape::most_candidates; i += exact_lanes)
+                        if (i < at + count) candidates[i].code = -1;
             }
-            exact_choice choice;
-            std::int64_t held = -1;  // two at a time, so that their loads overlap
-            const auto take = [&](unsigned left, int code) {
-                for (; left != 0; left &= left - 1) {
-                    const std::int64_t k = __shfl_sync(mask, code, __ffs(left) - 1);
-                    if (held < 0) {
-                        held = k;
-                        continue;
-                    }
-                    const C* const pair[2] = {codebook.row(held), codebook.row(k)};
-                    double distances[2];
-                    exact_distances(rows.row(r), pair, columns, distances);
-                    choice.consider(distances[0], held);
-                    choice.consider(distances[1], k);
-                    held = -1;
+            if (group_lane == 0) {
+                open[r] = listed && count > 1 ? at << 8 | count : 0;
+                if (!listed) hard[atomicAdd(hard_count, 1)] = r | (decided ? slots << 8 : 0u);
+            }
+            if (!listed) continue;
+            const auto list = [&](unsigned among, int code) {
+                if (among >> lane & 1u) {
+                    if (count == 1)
+                        codes[r] = code;
+                    else
+                        candidates[at + __popc(among & ((1u << lane) - 1))] = {0, r, code};
                 }
+                at += __popc(among);
             };
 #pragma unroll
             for (int i = 0; i < per_lane; ++i) {
-                take(firsts[i], mine[i].best_code);
-                take(seconds[i], mine[i].next_code);
+                list(firsts[i], mine[i].best_code);
+                list(seconds[i], mine[i].next_code);
             }
-            if (count == 1)
-                choice.code = held;
-            else if (held >= 0)
-                choice.consider(exact_distance(rows.row(r), codebook.row(held), columns), held);
-            if (group_lane == 0) codes[r] = choice.code;
+        }
+        __syncthreads();
+        // The candidates of all rows, shared out evenly.
+        const int listed = min(*candidate_count, shape::most_candidates);
+        for (int i = group; i < listed; i += shape::groups) {
+            typename shape::candidate& c = candidates[i];
+            if (c.code < 0) continue;
+            const double distance = exact_distance(rows.row(c.row), codebook.row(c.code), columns);
+            if (group_lane == 0) c.distance = distance;
+        }
+        __syncthreads();
+        if (threadIdx.x < rows.rows && open[threadIdx.x] != 0) {
+            const int first = open[threadIdx.x] >> 8, count = open[threadIdx.x] & 255;
+            exact_choice choice;
+            for (int i = first; i < first + count; ++i) choice.consider(candidates[i].distance, candidates[i].code);
+            codes[threadIdx.x] = choice.code;
         }
         __syncthreads();
     }
@@ -514,8 +555,7 @@ __device__ void nearest(const nearest_storage<Policy>& storage, const matrix_ref
     if (rows.rows == 0) return;
     const mma_search<Policy, X, C> search(storage, rows, codebook, image);
     int* words = search.words();
-    if (threadIdx.x < 5) words[threadIdx.x] = 0;
-    if (threadIdx.x == 5) words[5] = ~(2 * mma_shape<Policy>::pairs - 1);
+    if (threadIdx.x < 8) words[threadIdx.x] = threadIdx.x == 5 ? ~(2 * mma_shape<Policy>::pairs - 1) : 0;
     __syncthreads();
     score_bounds most;
     for (std::int64_t i = threadIdx.x; i < image_ref::parts(codebook.rows); i += Policy::threads) {
