@@ -14,6 +14,7 @@
 #include <gtest/gtest.h>
 
 #include "support/device.cuh"
+#include "support/image.cuh"
 #include "support/large.cuh"
 #include "support/oracle.hpp"
 #include "support/random.hpp"
@@ -24,36 +25,6 @@ namespace {
 
 constexpr float inf = std::numeric_limits<float>::infinity();
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-
-/// A codebook's image in device memory.
-template <class C>
-class device_image {
-public:
-    /// By the kernel that `quantize` would take, or by the one for any number of dimensions.
-    device_image(const device_matrix<C>& codebook, row_layout layout, bool wide)
-        : ref_{codebook.data(), codebook.rows(), codebook.columns(), codebook.columns() + layout.padding},
-          layout_(dispatch::image_layout(ref_.columns)),
-          centre_(ref_.columns),
-          scale_(2),
-          bounds_(device::image_ref::parts(ref_.rows)),
-          rows_(device::image_ref::tiles(ref_.rows) * device::image_tile * layout_.row_bytes()) {
-        kernel::codebook_image image{centre_.data(), scale_.data(), bounds_.data(), rows_.data()};
-        if (wide) {
-            layout_.steps = static_cast<int>((ref_.columns + 2) / 16 + 1);
-            dispatch::prepare_wide(ref_, image, layout_, nullptr);
-        } else {
-            dispatch::prepare(ref_, image, nullptr);
-        }
-    }
-    device::image_ref ref() const { return {centre_.data(), scale_.data(), bounds_.data(), rows_.data(), layout_}; }
-
-private:
-    matrix_ref<const C> ref_;
-    arch::slab_layout layout_;
-    device_array<float> centre_, scale_;
-    device_array<device::score_bounds> bounds_;
-    device_array<char> rows_;
-};
 
 template <class X>
 struct outputs {
@@ -90,6 +61,9 @@ struct search_memory {
           histogram(codebook_rows.rows + 1),
           layout(l) {}
 
+    matrix_ref<const C> codebook_ref() const {
+        return {codebook.data(), codebook.rows(), codebook.columns(), codebook.columns() + layout.padding};
+    }
     /// What `search(args, tally)`, which returns its number of partial losses, finds.
     template <class Search>
     outputs<X> run(Search search) {
@@ -132,7 +106,7 @@ std::vector<std::int64_t> expect_exact(const matrix<X>& x, const matrix<C>& code
     EXPECT_EQ(right.codes, nearest_codes(x, codebook, ordered_distance64)) << "on the CUDA cores";
     EXPECT_TRUE(codes_are_nearest(x, codebook, right.codes)) << "on the CUDA cores";
     for (const bool wide : {false, true}) {
-        const device_image<C> image(memory.codebook, layout, wide);
+        const device_image<C> image(memory.codebook_ref(), wide);
         int tiles = 0;
         const auto expect_same = [&](auto tile) {
             using Tile = decltype(tile);
@@ -140,33 +114,23 @@ std::vector<std::int64_t> expect_exact(const matrix<X>& x, const matrix<C>& code
             if (fit.blocks == 0) return;
             ++tiles;
             const auto got = memory.template run_mma<Tile>(image, fit);
-            const auto name = testing::Message() << "tile of " << Tile::rows << " rows, " << Tile::stages << " stages"
-                                                 << (Tile::streamed ? ", streamed" : "") << (wide ? ", wide" : "");
+            const auto name = testing::Message()
+                              << "tile of " << Tile::rows << " rows, " << Tile::codes << " codes, " << Tile::stages
+                              << " stages" << (Tile::streamed ? ", streamed" : "") << (wide ? ", wide" : "");
             EXPECT_EQ(got.codes, right.codes) << name;
             EXPECT_TRUE(got == right) << name;
         };
         expect_same(mma_tall{});
         expect_same(mma_flat{});
         expect_same(mma_streamed{});
-        expect_same(mma_tile<64, 2, false, 1>{});
-        expect_same(mma_tile<64, 2, true, 2>{});
+        expect_same(mma_tile<64, 128, 3, false, 2>{});
+        expect_same(mma_tile<128, 128, 2, true, 1>{});
         EXPECT_GE(tiles, 2) << "those that stream";
         if (x.columns <= 125) EXPECT_EQ(tiles, 5);
     }
     return right.codes;
 }
 
-/// Of tests that need tensor cores.
-class mma_test : public gpu_test {
-protected:
-    void SetUp() override {
-        gpu_test::SetUp();
-        if (IsSkipped()) return;
-        int major = 0;
-        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-        if (major < 8) GTEST_SKIP() << "no such tensor cores";
-    }
-};
 class QuantizeMmaSmall : public mma_test {};
 class QuantizeMmaTest : public mma_test {};
 
@@ -418,7 +382,7 @@ void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int run
     const auto x = pattern_array<float>(n * d, 23, true);
     const device_matrix<float> codebook(
         matrix<float>::generate(k, d, [&](auto i, auto c) { return noise(29, i * d + c); }));
-    const device_image<float> image(codebook, {}, false);
+    const device_image<float> image(matrix_ref<const float>{codebook.data(), k, d, d});
     device_array<std::int32_t> codes(n);
     const auto args = detail::validate_quantize("test", matrix_view<const float>(x.data(), n, d), codebook.view(),
                                                 codes.view(), discard, discard, {});

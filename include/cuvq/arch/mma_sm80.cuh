@@ -80,15 +80,15 @@ __device__ inline void mma_16x8x16(float (&d)[4], const std::uint32_t (&rows)[4]
         : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(codes0), "r"(codes1));
 }
 
-/// One warp's share of a tile of scores: 32 rows times 8 Columns codes. Lane t holds in score[i][j][2 h + b] row
-/// 16 i + 8 h + t / 4, code 8 j + 2 (t % 4) + b.
-template <int Columns>
-using mma_scores = float[2][Columns][4];
+/// One warp's share of a tile of scores: 16 RowTiles rows times 8 Columns codes. Lane t holds in score[i][j][2 h + b]
+/// row 16 i + 8 h + t / 4, code 8 j + 2 (t % 4) + b.
+template <int RowTiles, int Columns>
+using mma_scores = float[RowTiles][Columns][4];
 
 /// Adds the products of one slab of `Width` columns. `rows` and `codes`: where the warp's first row and code lie in the
 /// slabs, which are aligned to 128 bytes; both are multiples of 16.
-template <int Width, int Columns>
-__device__ void mma_slab(mma_scores<Columns>& score, std::uint32_t rows, std::uint32_t codes) {
+template <int Width, int RowTiles, int Columns>
+__device__ void mma_slab(mma_scores<RowTiles, Columns>& score, std::uint32_t rows, std::uint32_t codes) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::uint32_t row = rows + slab_layout::chunk_offset(Width, lane % 16, 0);
     const std::uint32_t code = codes + slab_layout::chunk_offset(Width, lane % 8 + lane / 16 * 8, 0);
@@ -96,10 +96,11 @@ __device__ void mma_slab(mma_scores<Columns>& score, std::uint32_t rows, std::ui
     const std::uint32_t row_chunk = lane / 16 << 4, code_chunk = lane / 8 % 2 << 4;
     constexpr int steps = Width / 16, parts = Columns / 2;  // of 16 columns, of 16 codes
     // Each operand is loaded one part ahead of its use.
-    std::uint32_t a[2][2][4], b[2][4];
+    std::uint32_t a[2][RowTiles][4], b[2][4];
     const auto load_rows = [&](int step) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) load_matrices(a[step % 2][i], (row ^ (row_chunk + 32 * step)) + i * 16 * 2 * Width);
+        for (int i = 0; i < RowTiles; ++i)
+            load_matrices(a[step % 2][i], (row ^ (row_chunk + 32 * step)) + i * 16 * 2 * Width);
     };
     const auto load_codes = [&](int step, int part) {
         load_matrices(b[(step * parts + part) % 2], (code ^ (code_chunk + 32 * step)) + part * 16 * 2 * Width);
@@ -116,7 +117,7 @@ __device__ void mma_slab(mma_scores<Columns>& score, std::uint32_t rows, std::ui
 #pragma unroll
             for (int j = 0; j < 2; ++j)
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
+                for (int i = 0; i < RowTiles; ++i)
                     mma_16x8x16(score[i][2 * part + j], a[step % 2][i], b[(next - 1) % 2][2 * j],
                                 b[(next - 1) % 2][2 * j + 1]);
         }

@@ -50,18 +50,22 @@ struct row_leaders {
 template <class Policy>
 struct mma_shape {
     static constexpr int warps = Policy::threads / 32;
-    static constexpr int warps_down = Policy::rows / 32, warps_across = warps / warps_down;  // each 32 rows
-    static constexpr int warp_codes = Policy::codes / warps_across;
-    static constexpr int pairs = warp_codes / 8;    // of neighbouring codes that a thread holds of a row and tile
-    static constexpr int slots = 4 * warps_across;  // threads that share a row
+    static constexpr int warp_codes = 64, warps_across = Policy::codes / warp_codes;
+    static constexpr int warps_down = warps / warps_across, warp_rows = Policy::rows / warps_down;
+    static constexpr int row_tiles = warp_rows / 16;  // of 16 rows, of one warp
+    static constexpr int pairs = warp_codes / 8;      // of neighbouring codes that a thread holds of a row and tile
+    static constexpr int slots = 4 * warps_across;    // threads that share a row
     static constexpr int groups = Policy::threads / exact_lanes;
-    static_assert(Policy::codes == image_tile, "a tile of codes is one of the image");
-    static_assert(Policy::rows % 32 == 0 && warps_down * warps_across == warps && warp_codes % 16 == 0,
-                  "each warp takes 32 rows and a multiple of 16 codes");
-    static_assert(16 * Policy::threads == 32 * Policy::codes, "the narrowest slab is one copy a thread");
-    static_assert(Policy::stages >= 2 && Policy::rows % groups == 0 && slots % exact_lanes == 0, "");
+    static constexpr int parts = Policy::codes / image_tile;  // tiles of the image in a tile of codes
+    static_assert(parts * image_tile == Policy::codes && warps_across * warp_codes == Policy::codes,
+                  "a tile of codes is whole tiles of the image");
+    static_assert(warps_down * warps_across == warps && warps_down * row_tiles * 16 == Policy::rows,
+                  "each warp takes a multiple of 16 rows");
+    static_assert(16 * Policy::threads == 32 * image_tile, "the narrowest slab is one copy a thread");
+    static_assert(Policy::stages >= 2 && Policy::rows % groups == 0 && slots % exact_lanes == 0 && slots <= 16, "");
 
-    static constexpr int slab_bytes = 128 * Policy::codes, row_slab_bytes = 128 * Policy::rows;
+    static constexpr int part_bytes = 128 * image_tile, slab_bytes = parts * part_bytes;
+    static constexpr int row_slab_bytes = 128 * Policy::rows;
     static constexpr int errors = 0;                                                        // float [rows]
     static constexpr int hard = errors + 4 * Policy::rows;                                  // int [rows]
     static constexpr int open = hard + 4 * Policy::rows;                                    // int [rows]
@@ -89,13 +93,13 @@ struct mma_shape {
 
 /// Shared memory that a block lends to `nearest` on the tensor cores; free for other use between calls, after a
 /// barrier.
-template <int Rows, int Stages, bool Streamed, int Blocks>
-struct nearest_storage<mma_tile<Rows, Stages, Streamed, Blocks>> {
+template <int Rows, int Codes, int Stages, bool Streamed, int Blocks>
+struct nearest_storage<mma_tile<Rows, Codes, Stages, Streamed, Blocks>> {
     char* memory;  ///< `bytes(D)` of shared memory, aligned to 128 bytes
 
     /// How much for vectors of so many dimensions.
     CUVQ_HOST_DEVICE static constexpr std::int64_t bytes(std::int64_t dimensions) {
-        using shape = mma_shape<mma_tile<Rows, Stages, Streamed, Blocks>>;
+        using shape = mma_shape<mma_tile<Rows, Codes, Stages, Streamed, Blocks>>;
         const std::int64_t slabs = Streamed ? 2 : (dimensions + 2) / 64 + 1;
         return shape::rows + slabs * shape::row_slab_bytes;
     }
@@ -233,16 +237,21 @@ struct mma_search {
         bool fits = true;
 #pragma unroll
         for (int i = 0; i < each; ++i) factor[i] = 1.0f;
-#pragma unroll 2
-        for (int slab = 0; slab < slabs; ++slab) {
-            row_share v;
-            load(slab, v);
+        const auto convert = [&](int slab, row_share& v) {
             centre(slab, scale, v);
 #pragma unroll
             for (int i = 0; i < each; ++i)
 #pragma unroll
                 for (int e = 0; e < 8; ++e) square[i] = fmaf(v[i][e], v[i][e], square[i]);
             store<Policy::streamed>(slab, factor, v, slab, residual);
+        };
+        row_share even, odd;  // one is on its way while the other is converted
+        load(0, even);
+        for (int slab = 0; slab < slabs; slab += 2) {
+            if (slab + 1 < slabs) load(slab + 1, odd);
+            convert(slab, even);
+            if (slab + 2 < slabs) load(slab + 2, even);
+            if (slab + 1 < slabs) convert(slab + 1, odd);
         }
 #pragma unroll
         for (int i = 0; i < each; ++i) {
@@ -272,48 +281,57 @@ struct mma_search {
         }
     }
 
+    /// Tiles of codes, and of the image.
+    __device__ int tiles() const { return static_cast<int>((codebook.rows - 1) / Policy::codes + 1); }
+    __device__ int image_tiles() const { return static_cast<int>(image_ref::tiles(codebook.rows)); }
+
     /// Walks the slabs of all tiles of codes, copying one at a time into the ring.
     struct loader {
         const char* tile_rows;  // of this thread's first 16 bytes, as the next two
         const char* from;
         const std::uint32_t ring;
-        int left;  // slabs of all tiles
+        const std::int64_t part_rows;  // bytes from one tile of the image to the next
+        int left;                      // tiles of the image
         int slab = 0, stage = 0;
 
-        __device__ loader(const mma_search& s, int tiles)
+        __device__ explicit loader(const mma_search& s)
             : tile_rows(s.image.rows + 16 * static_cast<int>(threadIdx.x)),
               from(tile_rows),
               ring(arch::shared_window(s.memory + shape::codes) + 16 * static_cast<int>(threadIdx.x)),
-              left(tiles * s.slabs) {}
+              part_rows(image_tile * s.image.layout.row_bytes()),
+              left(s.image_tiles()) {}
 
         __device__ void next(const mma_search& s) {
             constexpr int step = 16 * Policy::threads;
-            if (left > 0) {
-                --left;
-                const std::uint32_t to = ring + stage * shape::slab_bytes;
-                const int width = s.image.layout.width(slab);
-                arch::copy16_async(to, from);
-                if (width > 16) arch::copy16_async(to + step, from + step);
+            const int width = s.image.layout.width(slab);
+#pragma unroll
+            for (int part = 0; part < shape::parts; ++part) {
+                if (part >= left) break;
+                const std::uint32_t to = ring + stage * shape::slab_bytes + part * shape::part_bytes;
+                const char* at = from + part * part_rows;
+                arch::copy16_async(to, at);
+                if (width > 16) arch::copy16_async(to + step, at + step);
                 if (width > 32) {
-                    arch::copy16_async(to + 2 * step, from + 2 * step);
-                    arch::copy16_async(to + 3 * step, from + 3 * step);
-                }
-                from += shape::slab_bytes;
-                if (++slab == s.slabs) {
-                    slab = 0;
-                    tile_rows += Policy::codes * s.image.layout.row_bytes();
-                    from = tile_rows;
+                    arch::copy16_async(to + 2 * step, at + 2 * step);
+                    arch::copy16_async(to + 3 * step, at + 3 * step);
                 }
             }
             arch::copy_commit();
+            from += shape::part_bytes;
+            if (++slab == s.slabs) {
+                slab = 0;
+                left -= shape::parts;
+                tile_rows += shape::parts * part_rows;
+                from = tile_rows;
+            }
             stage = stage + 1 == Policy::stages ? 0 : stage + 1;
         }
     };
 
     /// Scores every code against every row; leaves the slots.
     __device__ void search() const {
-        const int tiles = static_cast<int>(image_ref::tiles(codebook.rows));
-        loader load_codes(*this, tiles);
+        const int tiles = this->tiles(), image_tiles = this->image_tiles();
+        loader load_codes(*this);
 #pragma unroll
         for (int i = 0; i < Policy::stages - 1; ++i) load_codes.next(*this);
         float factor[each], ignored[each] = {};
@@ -325,15 +343,17 @@ struct mma_search {
             store<false>(0, factor, share, 0, ignored);
         }
 
-        const int warp_row = warp % shape::warps_down * 32, warp_code = warp / shape::warps_down * shape::warp_codes;
+        const int warp_row = warp % shape::warps_down * shape::warp_rows,
+                  warp_code = warp / shape::warps_down * shape::warp_codes;
+        const int part_offset = warp_code / image_tile * shape::part_bytes, code_in_part = warp_code % image_tile;
         // The compiler must not know the mask: else clearing and tagging are two instructions.
         const int mask = *static_cast<volatile int*>(words() + 5);
-        row_leaders leaders[4];  // of rows 8 r + lane / 4
+        row_leaders leaders[2 * shape::row_tiles];  // of rows 8 r + lane / 4
         int stage = 0, turn = 0;
         for (int tile = 0; tile < tiles; ++tile) {
-            arch::mma_scores<shape::pairs> score;
+            arch::mma_scores<shape::row_tiles, shape::pairs> score;
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
+            for (int i = 0; i < shape::row_tiles; ++i)
 #pragma unroll
                 for (int j = 0; j < shape::pairs; ++j)
 #pragma unroll
@@ -342,19 +362,21 @@ struct mma_search {
                 arch::copy_wait<Policy::stages - 2>();
                 __syncthreads();
                 const int next_slab = slab + 1 == slabs ? 0 : slab + 1;
+                // Into the buffer that all warps left before the barrier.
+                if (Policy::stages == 2) load_codes.next(*this);
                 if constexpr (Policy::streamed) load(next_slab, share);
                 const int width = image.layout.width(slab);
                 const std::uint32_t x = arch::shared_window(memory + shape::rows) +
                                         (Policy::streamed ? turn : slab) * shape::row_slab_bytes + warp_row * 2 * width;
-                const std::uint32_t c =
-                    arch::shared_window(memory + shape::codes) + stage * shape::slab_bytes + warp_code * 2 * width;
+                const std::uint32_t c = arch::shared_window(memory + shape::codes) + stage * shape::slab_bytes +
+                                        part_offset + code_in_part * 2 * width;
                 if (width == 64)
                     arch::mma_slab<64>(score, x, c);
                 else if (width == 32)
                     arch::mma_slab<32>(score, x, c);
                 else
                     arch::mma_slab<16>(score, x, c);
-                load_codes.next(*this);  // into the buffer that all warps left before the barrier
+                if (Policy::stages > 2) load_codes.next(*this);
                 stage = stage + 1 == Policy::stages ? 0 : stage + 1;
                 turn ^= 1;
                 if constexpr (Policy::streamed) {
@@ -362,8 +384,9 @@ struct mma_search {
                     store<false>(next_slab, factor, share, turn, ignored);
                 }
             }
+            if (tile * shape::parts + warp_code / image_tile >= image_tiles) continue;  // the last tile is not whole
 #pragma unroll
-            for (int r = 0; r < 4; ++r) {
+            for (int r = 0; r < 2 * shape::row_tiles; ++r) {
                 int s[2 * shape::pairs];
 #pragma unroll
                 for (int j = 0; j < 2 * shape::pairs; ++j) {
@@ -388,7 +411,7 @@ struct mma_search {
         auto* slots = reinterpret_cast<typename shape::slot*>(memory + shape::slots_at);
         const int slot = warp / shape::warps_down * 4 + lane % 4;
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
+        for (int r = 0; r < 2 * shape::row_tiles; ++r) {
             const row_leaders& l = leaders[r];
             slots[(warp_row + 8 * r + lane / 4) * shape::slots + slot] = {
                 l.best, code_at(slot, l.best_tile, l.best), l.next, code_at(slot, l.next_tile, l.next), l.rest};
@@ -514,8 +537,8 @@ struct mma_search {
                     const std::int64_t k = code_at(slot, static_cast<int>(i / in_tile), static_cast<int>(i % in_tile));
                     return k < codebook.rows ? k : codebook.rows - 1;
                 };
-                consider_codes(choice, row, codebook, columns, image_ref::tiles(codebook.rows) * in_tile, group,
-                               shape::groups, at);
+                consider_codes(choice, row, codebook, columns, std::int64_t{tiles()} * in_tile, group, shape::groups,
+                               at);
             }
             __syncwarp();
             choice.merge(0xFFFFFFFFu, 8);

@@ -30,22 +30,22 @@ using sm90_d77 = sm90_tile<5, 2, 2, 6>;
 using sm90_d141 = sm90_tile<9, 2, 2, 4>;
 using sm90_d269 = sm90_tile<17, 2, 1, 2>;
 
-/// `device/nearest_mma.cuh`: a block finds the nearest codes of `rows` rows (64 or 128), 128 codes and 64 columns at a
-/// time, with `stages` such slabs of the codebook's image in its shared memory. The rows' fp16 stays there as a whole,
-/// or if `streamed`, is made again for every 128 codes. The library's own kernel has registers for `blocks` blocks on a
-/// multiprocessor.
-template <int Rows, int Stages, bool Streamed, int Blocks>
+/// `device/nearest_mma.cuh`: a block finds the nearest codes of `rows` rows (64 or 128), `codes` codes (128 or 256) and
+/// 64 columns at a time, with `stages` such slabs of the codebook's image in its shared memory. The rows' fp16 stays
+/// there as a whole, or if `streamed`, is made again for every `codes` codes. The library's own kernel has registers
+/// for `blocks` blocks on a multiprocessor.
+template <int Rows, int Codes, int Stages, bool Streamed, int Blocks>
 struct mma_tile {
     static constexpr int threads = 256;
     static constexpr int rows = Rows;
-    static constexpr int codes = 128;
+    static constexpr int codes = Codes;
     static constexpr int stages = Stages;
     static constexpr bool streamed = Streamed;
     static constexpr int blocks = Blocks;
 };
-using mma_tall = mma_tile<128, 3, false, 1>;
-using mma_flat = mma_tile<64, 3, false, 2>;      // few rows, or so wide that 128 do not fit
-using mma_streamed = mma_tile<128, 3, true, 1>;  // rows too wide for both
+using mma_tall = mma_tile<128, 256, 2, false, 1>;
+using mma_flat = mma_tile<64, 256, 2, false, 1>;     // few rows, or so wide that 128 do not fit
+using mma_streamed = mma_tile<64, 256, 2, true, 1>;  // rows too wide for both
 
 /// `kernel/accumulate.cuh`: a warp sums `columns` columns of a run of sorted rows.
 struct sum_tile {
