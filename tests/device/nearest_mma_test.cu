@@ -147,6 +147,7 @@ TEST_F(NearestMmaSmall, TheLibrarysOwnTiles) {
     int most = 0;
     check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     if (most < device::nearest_storage<mma_tall>::bytes(24)) GTEST_SKIP() << "too little shared memory for the others";
+    EXPECT_EQ(codes, (from_global<mma_twin>(x, codebook)));
     EXPECT_EQ(codes, (from_global<mma_tall>(x, codebook)));
     EXPECT_EQ(codes, (from_global<mma_flat>(x, codebook)));
 }

@@ -18,10 +18,10 @@ inline constexpr int image_part = 16;
 /// of x extended by three ones has the score X.C + n), then zeros. Rows of non-finite codes and beyond K hold zeros and
 /// n = -60000.
 struct image_ref {
-    const float* centre = nullptr;         ///< [D]
+    const float* centre = nullptr;         ///< [D] aligned to 16 bytes
     const float* scale = nullptr;          ///< [1] power of two
     const score_bounds* bounds = nullptr;  ///< [tiles * image_tile / image_part] Inf where a code did not fit fp16
-    const char* rows = nullptr;            ///< [tiles] operands of image_tile rows in `layout`
+    const char* rows = nullptr;            ///< [tiles] operands of image_tile rows in `layout`, aligned to 16 bytes
     arch::slab_layout layout{};            ///< of at least D + 3 columns
 
     CUVQ_HOST_DEVICE static constexpr std::int64_t tiles(std::int64_t codes) { return (codes - 1) / image_tile + 1; }

@@ -74,12 +74,15 @@ struct mma_shape {
     static constexpr int codes = (words + 4 * 8 + 127) / 128 * 128;                         // [stages] slabs of codes
     static constexpr int rows = codes + Policy::stages * slab_bytes;  // slabs of rows: all, or two
 
-    // Once the tiles are through, in place of the slabs of codes:
-    /// what becomes of `row_leaders`, [rows][slots];
+    /// Which of the words is what; the first four are the codebook's score_bounds.
+    static constexpr int hard_count = 4, tag_mask = 5, candidate_count = 6;
+
+    // Once all tiles are scored, in place of the slabs of codes:
+    /// What a thread's `row_leaders` become; [rows][slots].
     struct slot {
         int best, best_code, next, next_code, rest;
     };
-    /// codes whose distance decides.
+    /// A code whose distance decides.
     struct candidate {
         double distance;
         int row, code;
@@ -91,8 +94,7 @@ struct mma_shape {
     static_assert(Policy::rows <= Policy::threads && Policy::rows <= 256, "");
 };
 
-/// Shared memory that a block lends to `nearest` on the tensor cores; free for other use between calls, after a
-/// barrier.
+/// Shared memory that a block lends to `nearest` on the tensor cores.
 template <int Rows, int Codes, int Stages, bool Streamed, int Blocks>
 struct nearest_storage<mma_tile<Rows, Codes, Stages, Streamed, Blocks>> {
     char* memory;  ///< `bytes(D)` of shared memory, aligned to 128 bytes
@@ -114,7 +116,7 @@ __device__ inline float row_factor(float square) {
     return square < 0x1p26f ? 1.0f : square < 0x1p72f ? __int_as_float((127 + 13 - exponent) << 23) : 0.0f;
 }
 
-/// The tensor-core part of `nearest`: one block's rows, their conversion and their scores.
+/// The steps of `nearest` on tensor cores, for one block's rows.
 template <class Policy, class X, class C>
 struct mma_search {
     using shape = mma_shape<Policy>;
@@ -144,7 +146,6 @@ struct mma_search {
           whole(is_aligned4(x.data) && x.stride % 4 == 0 ? columns / 64 : 0) {}
 
     __device__ float* errors() const { return reinterpret_cast<float*>(memory + shape::errors); }
-    /// Bounds of the codebook as integers, the count of hard rows, the mask of tagged scores, the count of candidates.
     __device__ int* words() const { return reinterpret_cast<int*>(memory + shape::words); }
 
     /// A group's lane's part of one slab: 8 columns of each of its rows.
@@ -190,8 +191,8 @@ struct mma_search {
             for (int e = 0; e < 8; ++e) v[i][e] = __fmaf_ieee_rn(__fmaf_ieee_rn(-1.0f, c[e], v[i][e]), scale, 0.0f);
     }
     /// Writes centred columns to buffer `to` in fp16, times the rows' factors, and the factors themselves in the three
-    /// columns behind the data; not if only to be `measured`. Adds the squares of what rounding leaves.
-    template <bool Measured>
+    /// columns behind the data. Adds the squares of what rounding leaves to `residual`, or does that alone.
+    template <bool MeasureOnly>
     __device__ void store(int slab, const float (&factor)[each], const row_share& v, int to,
                           float (&residual)[each]) const {
         const int first = 64 * slab + 8 * group_lane, width = image.layout.width(slab);
@@ -209,7 +210,7 @@ struct mma_search {
                 const float2 back = __half22float2(out[e]);
                 residual[i] = fmaf(u.x - back.x, u.x - back.x, fmaf(u.y - back.y, u.y - back.y, residual[i]));
             }
-            if (Measured) continue;
+            if (MeasureOnly) continue;
             if (first + 8 > columns) {
                 __half* half = reinterpret_cast<__half*>(out);
 #pragma unroll
@@ -347,7 +348,7 @@ struct mma_search {
                   warp_code = warp / shape::warps_down * shape::warp_codes;
         const int part_offset = warp_code / image_tile * shape::part_bytes, code_in_part = warp_code % image_tile;
         // The compiler must not know the mask: else clearing and tagging are two instructions.
-        const int mask = *static_cast<volatile int*>(words() + 5);
+        const int mask = *static_cast<volatile int*>(words() + shape::tag_mask);
         row_leaders leaders[2 * shape::row_tiles];  // of rows 8 r + lane / 4
         int stage = 0, turn = 0;
         for (int tile = 0; tile < tiles; ++tile) {
@@ -425,14 +426,14 @@ struct mma_search {
         return tile * Policy::codes + slot / 4 * shape::warp_codes + at / 2 * 8 + slot % 4 * 2 + at % 2;
     }
 
-    /// Every row's code from its slots. Rows of more candidates than the slots know are listed as hard.
+    /// Every row's code from its slots. Rows with candidates that the slots do not know are listed as hard.
     __device__ void settle_rows(std::int64_t* codes) const {
         const auto* all_slots = reinterpret_cast<const typename shape::slot*>(memory + shape::slots_at);
         auto* candidates = reinterpret_cast<typename shape::candidate*>(memory + shape::candidates_at);
         int* open = reinterpret_cast<int*>(memory + shape::open);
         int* hard = reinterpret_cast<int*>(memory + shape::hard);
-        int* hard_count = words() + 4;
-        int* candidate_count = words() + 6;
+        int* hard_count = words() + shape::hard_count;
+        int* candidate_count = words() + shape::candidate_count;
         const unsigned first_lane = static_cast<unsigned>(lane) & 24u, mask = 0xFFu << first_lane;
         constexpr int per_lane = shape::slots / exact_lanes;
         for (int r = group; r < rows.rows; r += shape::groups) {
@@ -470,8 +471,8 @@ struct mma_search {
                 at = __shfl_sync(mask, at, static_cast<int>(first_lane));
                 listed = at + count <= shape::most_candidates;
                 if (!listed)  // what of its places there is stays empty
-                    for (int i = at + group_lane; i < shape::most_candidates; i += exact_lanes)
-                        if (i < at + count) candidates[i].code = -1;
+                    for (int i = at + group_lane; i < min(at + count, shape::most_candidates); i += exact_lanes)
+                        candidates[i].code = -1;
             }
             if (group_lane == 0) {
                 open[r] = listed && count > 1 ? at << 8 | count : 0;
@@ -516,7 +517,7 @@ struct mma_search {
     __device__ void settle_hard_rows(std::int64_t* codes) const {
         const int* hard = reinterpret_cast<const int*>(memory + shape::hard);
         auto* choices = reinterpret_cast<exact_choice*>(memory + shape::choices);
-        const int count = words()[4];
+        const int count = words()[shape::hard_count];
         constexpr int in_tile = 2 * shape::pairs;  // codes of one slot
         for (int h = 0; h < count; ++h) {
             const int r = hard[h] & 255;
@@ -562,7 +563,7 @@ struct mma_search {
 ///
 /// @tparam Policy  an `mma_tile`, from `dispatch/tuning.cuh` or with your own sizes. The block has Policy::threads
 ///                 threads in x.
-/// @param storage  (usually dynamic) shared memory of the caller; must not be in use.
+/// @param storage  shared memory of the caller, usually dynamic: it must not be in use; free again after a barrier.
 /// @param rows     [n x D] vectors, n <= Policy::rows, in shared or global memory, written before the last barrier;
 ///                 float, __half or __nv_bfloat16; D <= most_mma_columns.
 /// @param codebook [K x D] global memory; any of those types; K < most_mma_codes.
@@ -576,9 +577,11 @@ __device__ void nearest(const nearest_storage<Policy>& storage, const matrix_ref
                         const matrix_ref<const C>& codebook, const image_ref& image, std::int64_t* codes) {
 #if CUVQ_HAS_MMA
     if (rows.rows == 0) return;
+    using shape = mma_shape<Policy>;
     const mma_search<Policy, X, C> search(storage, rows, codebook, image);
     int* words = search.words();
-    if (threadIdx.x < 8) words[threadIdx.x] = threadIdx.x == 5 ? ~(2 * mma_shape<Policy>::pairs - 1) : 0;
+    __syncthreads();
+    if (threadIdx.x < 8) words[threadIdx.x] = threadIdx.x == shape::tag_mask ? ~(2 * shape::pairs - 1) : 0;
     __syncthreads();
     score_bounds most;
     for (std::int64_t i = threadIdx.x; i < image_ref::parts(codebook.rows); i += Policy::threads) {

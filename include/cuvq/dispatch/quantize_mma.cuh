@@ -74,19 +74,20 @@ std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel:
     return blocks;
 }
 
-/// As above, with the tile that suits the device, N and D: the tallest that keeps its rows in shared memory, but the
-/// flat one where there are too few rows for the others to use all multiprocessors.
+/// As above, with the tile that suits the device, N and D.
 template <class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                           const device::image_ref& image, std::int64_t most_blocks, cudaStream_t stream) {
+    const auto search = [&](auto tile, const mma_fit& fit) {
+        return quantize_mma<decltype(tile)>(args, tally, image, most_blocks, fit, stream);
+    };
     const mma_fit flat = fit_mma<mma_flat, X, C>(args.x.columns);
-    if (args.x.rows <= std::int64_t{flat.blocks} * mma_flat::rows)
-        return quantize_mma<mma_flat>(args, tally, image, most_blocks, flat, stream);
-    const mma_fit tall = fit_mma<mma_tall, X, C>(args.x.columns);
-    if (tall.blocks > 0) return quantize_mma<mma_tall>(args, tally, image, most_blocks, tall, stream);
-    if (flat.blocks > 0) return quantize_mma<mma_flat>(args, tally, image, most_blocks, flat, stream);
-    return quantize_mma<mma_streamed>(args, tally, image, most_blocks, fit_mma<mma_streamed, X, C>(args.x.columns),
-                                      stream);
+    if (args.x.rows <= std::int64_t{flat.blocks} * mma_flat::rows) return search(mma_flat{}, flat);
+    const mma_fit twin = fit_mma<mma_twin, X, C>(args.x.columns), tall = fit_mma<mma_tall, X, C>(args.x.columns);
+    if (twin.blocks > 0 && twin.blocks >= 2 * tall.blocks) return search(mma_twin{}, twin);
+    if (tall.blocks > 0) return search(mma_tall{}, tall);
+    if (flat.blocks > 0) return search(mma_flat{}, flat);
+    return search(mma_streamed{}, fit_mma<mma_streamed, X, C>(args.x.columns));
 }
 
 }  // namespace cuvq::dispatch

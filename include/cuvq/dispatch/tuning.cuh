@@ -43,9 +43,14 @@ struct mma_tile {
     static constexpr bool streamed = Streamed;
     static constexpr int blocks = Blocks;
 };
-using mma_tall = mma_tile<128, 256, 2, false, 1>;
-using mma_flat = mma_tile<64, 256, 2, false, 1>;     // few rows, or so wide that 128 do not fit
-using mma_streamed = mma_tile<64, 256, 2, true, 1>;  // rows too wide for both
+using mma_twin = mma_tile<128, 128, 3, false, 2>;    // rows so narrow that two blocks fit on a multiprocessor
+using mma_tall = mma_tile<128, 256, 2, false, 1>;    // wider
+using mma_flat = mma_tile<64, 256, 2, false, 1>;     // wider still, or few rows
+using mma_streamed = mma_tile<64, 256, 2, true, 1>;  // any
+
+/// Of a search that the CUDA cores may answer before a codebook's image is there: so many tiles of codes and depth, as
+/// simt_tile has them, and rows at most.
+inline constexpr long long most_simt_steps = 16, most_simt_rows = 8192;
 
 /// `kernel/accumulate.cuh`: a warp sums `columns` columns of a run of sorted rows.
 struct sum_tile {
