@@ -103,7 +103,7 @@ host_state<T> expect_step(const host_state<T>& before, const matrix<X>& x, const
     if (!weights.empty()) host.weights = view(weights);
     EXPECT_TRUE(update_of_batch_is_right(before, x, got.codes, host, got.state, got.stats));
     const double loss = search_stats(x, before.codebook, got.codes).commitment_loss;
-    EXPECT_NEAR(got.stats.commitment_loss, loss, 1e-11 * loss);
+    EXPECT_NEAR(got.stats.commitment_loss, loss, loss_tolerance * loss);
     return got.state;
 }
 

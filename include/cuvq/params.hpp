@@ -63,7 +63,8 @@ enum class initial_statistics {
 /// What one call saw, overwritten by each call that is given one. A field that the call has no part in is 0, and so
 /// is a mean over nothing.
 struct step_stats {
-    double commitment_loss = 0;        ///< mean of (x - codebook row)^2 over D and the rows that have a code; no weight
+    /// Mean of (x - codebook row)^2 over D and the rows that have a code, as exact as `distances`; without a weight.
+    double commitment_loss = 0;
     double perplexity = 0;             ///< exp(-sum p ln p), p = each code's share of the batch
     std::int64_t active_codes = 0;     ///< codes with at least one row (of positive weight)
     std::int64_t restarted_codes = 0;  ///< dead codes that got a new row

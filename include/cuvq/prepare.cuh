@@ -15,7 +15,7 @@
 namespace cuvq {
 
 /// Bytes of device memory that a `prepared_codebook` of K codes in D dimensions takes: 32, 160, 288 or 544 bytes per
-/// code for D up to 13, 77, 141 or 269.
+/// code for D up to 13, 77, 141 or 269; beyond, 2 D + 6 and at most 62 more.
 /// @throws std::invalid_argument if K < 1 or D < 1. Pure: asks no device.
 inline std::size_t prepared_codebook_bytes(std::int64_t codes, std::int64_t dimensions) {
     detail::check_shape("prepared_codebook_bytes", shape{0, codes, dimensions});
@@ -30,7 +30,7 @@ inline std::size_t prepared_codebook_bytes(std::int64_t codes, std::int64_t dime
 /// @param codebook [K x D] device memory; float, __half or __nv_bfloat16; K, D >= 1. Rows may be strided.
 /// @param prepared out; `prepared_codebook_bytes` of device memory. Good for a codebook of these values, K and D in
 ///                 the same element type, with any x.
-/// @param stream   runs here, asynchronously, in one launch; may be captured in a graph.
+/// @param stream   runs here, asynchronously, in one launch, two for D > 269; may be captured in a graph.
 /// @throws std::invalid_argument naming the argument, before any launch: no, misaligned or too little memory for
 ///         `prepared`, K = 0 or D = 0. cuvq::cuda_error if a CUDA call fails.
 /// Deterministic. O(K D).
@@ -45,8 +45,7 @@ void prepare(const CodebookView& codebook, const prepared_codebook& prepared, cu
         detail::bad_argument(function, "prepared", "a null pointer", std::to_string(bytes) + " bytes of device memory");
     detail::check_prepared(function, "prepared", prepared, bytes);
     detail::carver c(prepared.data);
-    const kernel::codebook_image image = dispatch::take_image(c, rows.rows, rows.columns);
-    dispatch::with_sm90_tile(rows.columns, [&](auto tile) { dispatch::prepare<decltype(tile)>(rows, image, stream); });
+    dispatch::prepare(rows, dispatch::take_image(c, rows.rows, rows.columns), stream);
 }
 
 }  // namespace cuvq

@@ -11,6 +11,7 @@
 
 #include <cuvq/detail/launch.cuh>
 #include <cuvq/detail/validate.hpp>
+#include <cuvq/dispatch/quantize_mma.cuh>
 #include <cuvq/dispatch/tuning.cuh>
 #include <cuvq/kernel/prepare.cuh>
 #include <cuvq/kernel/quantize.cuh>
@@ -20,8 +21,11 @@
 
 namespace cuvq::dispatch {
 
-/// Most blocks of a SIMT search.
+/// Most blocks of a SIMT search, and of a portable one on tensor cores.
 inline constexpr std::int64_t most_search_blocks = 4096;
+
+/// Elements of a codebook, and rows, up to which the CUDA cores answer before a codebook's image could be made.
+inline constexpr std::int64_t most_tiny_codebook = 1 << 14, most_tiny_rows = 1 << 12;
 
 /// Most partial losses of any search, so that the workspace needs no word from the device.
 inline constexpr std::int64_t most_losses = most_search_blocks * (simt_tile::threads / 32);
@@ -66,18 +70,23 @@ inline constexpr std::int64_t most_blocks = kernel::most_segments / kernel::fini
 /// Blocks that settle rows put aside.
 inline constexpr unsigned settle_blocks = 528;
 
-/// Room for the image of a codebook, wherever a tensor-core search could want one: for D up to 13, 77, 141, 269, so
-/// many bytes per code: 32, 160, 288, 544.
+/// How the image of a codebook of D dimensions is laid out: as the sm_90a path's tiles want it, as long as they hold D.
+inline arch::slab_layout image_layout(std::int64_t dimensions) {
+    arch::slab_layout layout{static_cast<int>((dimensions + 2) / 16 + 1)};
+    with_sm90_tile(dimensions, [&](auto tile) { layout.steps = tile.steps; });
+    return layout;
+}
+
+/// Room for the image of a codebook, wherever a tensor-core search could want one. Per code: for D up to 13, 77, 141,
+/// 269, so many bytes: 32, 160, 288, 544; beyond, 2 D + 6 and at most 62 more.
 inline kernel::codebook_image take_image(detail::carver& c, std::int64_t codes, std::int64_t dimensions) {
     kernel::codebook_image image{};
-    with_sm90_tile(dimensions, [&](auto tile) {
-        using layout = arch::wgmma_layout<decltype(tile)::steps>;
-        const std::int64_t tiles = (codes - 1) / kernel::image_tile + 1;
-        image.centre = c.take<float>(dimensions);
-        image.scale = c.take<float>(1);
-        image.bounds = c.take<kernel::code_bounds>(tiles * (kernel::image_tile / kernel::image_part));
-        image.rows = c.take<char>(tiles * layout::bytes(kernel::image_tile));
-    });
+    if (!has_image(codes, dimensions)) return image;
+    image.centre = c.take<float>(dimensions);
+    image.scale = c.take<float>(2);
+    image.bounds = c.take<kernel::code_bounds>(device::image_ref::parts(codes));
+    image.rows =
+        c.take<char>(device::image_ref::tiles(codes) * kernel::image_tile * image_layout(dimensions).row_bytes());
     return image;
 }
 
@@ -101,14 +110,20 @@ struct search_scratch {
     }
 };
 
-/// Prepares the codebook for a search with `Tile`.
-template <class Tile, class C>
+/// Writes the image of a codebook, if codebooks of its size have one.
+template <std::size_t D = dynamic_extent, class C>
 void prepare(const matrix_ref<const C>& codebook, const kernel::codebook_image& image, cudaStream_t stream) {
-    constexpr unsigned threads = 256;
-    const std::int64_t tiles = (codebook.rows - 1) / kernel::image_tile + 1;
-    detail::launch(kernel::prepare<threads, Tile::steps, C>,
-                   static_cast<unsigned>(tiles * (kernel::image_tile / kernel::image_part)), threads, stream, 0,
-                   codebook, image);
+    if (!has_image(codebook.rows, codebook.columns)) return;
+    bool narrow = false;
+    with_sm90_tile<D>(codebook.columns, [&](auto tile) {
+        constexpr unsigned threads = 256;
+        narrow = true;
+        detail::launch(kernel::prepare<threads, decltype(tile)::steps, C>,
+                       static_cast<unsigned>(device::image_ref::parts(codebook.rows)), threads, stream, 0, codebook,
+                       image);
+    });
+    if constexpr (D > sm90_d269::dimensions)
+        if (!narrow) prepare_wide(codebook, image, image_layout(codebook.columns), stream);
 }
 
 /// Whether a kernel was compiled for this device's own tensor cores: elsewhere it is empty and made for a warp only.
@@ -173,12 +188,24 @@ bool quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     if (major != 9 || !is_compiled(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_threads)) return false;
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    if (!scratch.prepared) prepare<Tile>(args.codebook, scratch.image, stream);
+    if (!scratch.prepared) prepare<Tile::dimensions>(args.codebook, scratch.image, stream);
     const std::int64_t groups = (args.x.rows - 1) / kernel::row_results::rows + 1;
     losses = groups <= few_waves * processors
                  ? quantize_sm90_few<Tile>(args, tally, scratch, exact, groups, processors, stream)
                  : quantize_sm90_many<Tile>(args, tally, scratch, exact, groups, processors, stream);
     return true;
+}
+
+/// Prepares the codebook and searches it on the tensor cores of sm_80 and later. Returns how many partial losses that
+/// leaves; 0, with nothing launched, where the device or the compiled code has no such path.
+template <std::size_t D, class X, class C>
+std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                          const search_scratch& scratch, cudaStream_t stream) {
+    const kernel::codebook_image& i = scratch.image;
+    const device::image_ref image{i.centre, i.scale, i.bounds, i.rows, image_layout(args.x.columns)};
+    if (fit_mma<mma_streamed, X, C>(args.x.columns).blocks == 0) return 0;
+    if (!scratch.prepared) prepare<D>(args.codebook, i, stream);
+    return quantize_mma(args, tally, image, most_search_blocks, stream);
 }
 
 /// Launches the search; returns how many partial losses it leaves in `tally`. Not `exact`: a path that has a faster
@@ -194,6 +221,11 @@ std::int64_t quantize(const detail::quantize_args<X, C>& args, const kernel::sea
             launched = quantize_sm90<decltype(tile)>(args, tally, scratch, exact, losses, stream);
         });
     if (launched) return losses;
+    // A codebook that the CUDA cores are through with before its image would be there: not worth one.
+    const bool tiny = args.codebook.rows * args.x.columns <= most_tiny_codebook && args.x.rows <= most_tiny_rows;
+    if (!tiny && has_image(args.codebook.rows, args.codebook.columns))
+        losses = quantize_mma<D>(args, tally, scratch, stream);
+    if (losses > 0) return losses;
     const unsigned blocks = detail::blocks_for(args.x.rows, simt_tile::rows, most_search_blocks);
     detail::launch(kernel::quantize<simt_tile, D, X, C>, blocks, simt_tile::threads, stream, 0, args, tally);
     return std::int64_t{blocks} * (simt_tile::threads / 32);

@@ -48,6 +48,7 @@ struct leaders {
     static constexpr int least = -0x7FFFFFFF;
     int best = least, best_runner = least, best_tile = 0;
     int next = least, next_runner = least, next_tile = 0;
+    int third = least, third_tile = 0;
     int rest = least;
 
     /// A tile's largest score only: for the best alone. Of equal scores the first stays, whatever their tags.
@@ -66,7 +67,10 @@ struct leaders {
         best_runner = leads ? runner : best_runner;
         best_tile = leads ? tile : best_tile;
         const bool follows = second > next;
-        rest = max(rest, min(second, next));
+        const int dropped = min(second, next), dropped_tile = follows ? next_tile : second_tile;
+        rest = __vimax3_s32(rest, min(dropped, third), follows ? next_runner : second_runner);
+        third_tile = dropped > third ? dropped_tile : third_tile;
+        third = max(dropped, third);
         next = max(second, next);
         next_runner = follows ? second_runner : next_runner;
         next_tile = follows ? second_tile : next_tile;
@@ -204,6 +208,7 @@ __device__ inline void conclude(const leaders& mine, float error, bool exact, ro
     if (mine.best_runner >= least) *word++ = code_of(mine.best_runner, mine.best_tile);
     if (mine.next >= least) *word++ = code_of(mine.next, mine.next_tile);
     if (mine.next_runner >= least) *word++ = code_of(mine.next_runner, mine.next_tile);
+    if (mine.third >= least) *word++ = code_of(mine.third, mine.third_tile);
 }
 
 #endif  // CUVQ_HAS_WGMMA

@@ -147,6 +147,21 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
     __syncwarp();
 }
 
+/// All outputs of the `count` <= Rows rows from `first` on, by a block of `Threads` threads; their codes in shared
+/// memory.
+template <int Threads, int Rows, class X, class C>
+__device__ void write_tile(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t first,
+                           std::int64_t count, const std::int64_t* codes, double& loss) {
+    constexpr int share = (Rows - 1) / (Threads / 32) + 1;  // of a warp
+    static_assert(share <= 32, "a warp's lanes hold its rows' codes");
+    const int lane = static_cast<int>(threadIdx.x) % 32, begin = static_cast<int>(threadIdx.x) / 32 * share;
+    const int mine = min(share, static_cast<int>(count) - begin);
+    if (mine <= 0) return;
+    const std::int64_t code = lane < mine ? codes[begin + lane] : -1;
+    write_codes(a, tally, first + begin, mine, code);
+    write_rows(a, tally, first + begin, mine, code, loss);
+}
+
 /// Adds up the losses of a warp's lanes into `to`.
 __device__ inline void write_loss(double* to, double loss) {
 #pragma unroll

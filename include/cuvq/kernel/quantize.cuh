@@ -19,8 +19,6 @@ template <class Policy, std::size_t D, class X, class C>
 __global__ __launch_bounds__(Policy::threads) void quantize(detail::quantize_args<X, C> a, search_tally tally) {
     __shared__ device::nearest_storage<Policy> storage;
     __shared__ std::int64_t codes[Policy::rows];
-    constexpr int warps = Policy::threads / 32;
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t columns = D == dynamic_extent ? a.x.columns : static_cast<std::int64_t>(D);
 
     double loss = 0;
@@ -29,18 +27,10 @@ __global__ __launch_bounds__(Policy::threads) void quantize(detail::quantize_arg
         const std::int64_t left = a.x.rows - first;
         const matrix_ref<const X> rows{a.x.row(first), left < Policy::rows ? left : Policy::rows, columns, a.x.stride};
         device::nearest<Policy, D>(storage, rows, a.codebook, codes);
-
-        constexpr int share = (Policy::rows - 1) / warps + 1;  // of a warp
-        static_assert(share <= 32, "a warp's lanes hold its rows' codes");
-        const int begin = warp * share, count = min(share, static_cast<int>(rows.rows) - begin);
-        if (count > 0) {
-            const std::int64_t code = lane < count ? codes[begin + lane] : -1;
-            write_codes(a, tally, first + begin, count, code);
-            write_rows(a, tally, first + begin, count, code, loss);
-        }
+        write_tile<Policy::threads, Policy::rows>(a, tally, first, rows.rows, codes, loss);
         __syncthreads();  // codes are rewritten for the next tile
     }
-    if (tally.loss) write_loss(tally.loss + std::int64_t{blockIdx.x} * warps + warp, loss);
+    if (tally.loss) write_loss(tally.loss + (std::int64_t{blockIdx.x} * Policy::threads + threadIdx.x) / 32, loss);
 }
 
 }  // namespace cuvq::kernel
