@@ -10,6 +10,7 @@
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/device/ema.cuh>
 #include <cuvq/device/nearest.cuh>
+#include <cuvq/device/nearest_mma.cuh>
 #include <cuvq/device/philox.cuh>
 #include <cuvq/ema.cuh>
 #include <cuvq/error.hpp>

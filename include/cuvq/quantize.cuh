@@ -34,7 +34,7 @@ struct quantize_scratch {
 }  // namespace detail
 
 /// Bytes of workspace that `quantize` takes for this shape and these params: 32, 160, 288 or 544 bytes per code for D
-/// up to 13, 77, 141 or 269, none beyond; with `params.stats` 8 bytes more.
+/// up to 13, 77, 141 or 269, beyond it 2 D + 6 and at most 62 more; with `params.stats` 8 bytes more.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_params& params = {}) {
     detail::check_shape("quantize_workspace_bytes", s);

@@ -25,8 +25,8 @@
 // trusted up to 2^126, so such codes lose rightly, and where the limit itself is larger (or NaN) the row takes the full
 // float64 pass.
 //
-// The tensor-core filter (kernel/quantize_sm90.cuh) compares scores. With any centre m and powers of two s and t (t the
-// row's own), X = t s (x - m), C_k = s (c_k - m) and n_k = g - |C_k|^2 / 2 for any g,
+// The tensor-core filter (kernel/quantize_sm90.cuh, device/nearest_mma.cuh) compares scores. With any centre m and
+// powers of two s and t (t the row's own), X = t s (x - m), C_k = s (c_k - m) and n_k = g - |C_k|^2 / 2 for any g,
 //     S_k = X . C_k + t n_k = const(x) - t s^2 |x - c_k|^2 / 2,
 // so the nearest code has the largest S. It computes S^_k from X^ = fp16(X), C^ = fp16(C) and n_k in three halves. By
 // Cauchy-Schwarz and the triangle inequality, |S^_k - S_k| is at most the sum of

@@ -11,6 +11,7 @@
 
 #include <cuvq/detail/launch.cuh>
 #include <cuvq/detail/validate.hpp>
+#include <cuvq/dispatch/quantize_mma.cuh>
 #include <cuvq/dispatch/tuning.cuh>
 #include <cuvq/kernel/prepare.cuh>
 #include <cuvq/kernel/quantize.cuh>
@@ -55,25 +56,45 @@ void with_sm90_tile(std::int64_t dimensions, Use use) {
     }
 }
 
-/// Room for the image of the codebook, wherever a tensor-core search could want one: for D up to 13, 77, 141, 269, so
-/// many bytes per code: 32, 160, 288, 544.
+/// How the image of a codebook of D dimensions is laid out: as the sm_90a path's tiles want it, as long as they hold D.
+inline arch::slab_layout image_layout(std::int64_t dimensions) {
+    arch::slab_layout layout{static_cast<int>((dimensions + 2) / 16 + 1)};
+    with_sm90_tile(dimensions, [&](auto tile) { layout.steps = tile.steps; });
+    return layout;
+}
+
+/// Room for the image of the codebook, wherever a tensor-core search could want one. Per code: for D up to 13, 77,
+/// 141, 269, so many bytes: 32, 160, 288, 544; beyond, 2 D + 6 and at most 62 more.
 struct search_scratch {
     kernel::codebook_image image{};
 
     search_scratch(detail::carver& c, const shape& s) {
-        with_sm90_tile(s.dimensions, [&](auto tile) {
-            using layout = arch::wgmma_layout<decltype(tile)::steps>;
-            const std::int64_t tiles = (s.codes - 1) / kernel::image_tile + 1;
-            image.centre = c.take<float>(s.dimensions);
-            image.scale = c.take<float>(1);
-            image.bounds = c.take<kernel::code_bounds>(tiles * (kernel::image_tile / kernel::image_part));
-            image.rows = c.take<char>(tiles * layout::bytes(kernel::image_tile));
-        });
+        if (!has_image(s.codes, s.dimensions)) return;
+        image.centre = c.take<float>(s.dimensions);
+        image.scale = c.take<float>(2);
+        image.bounds = c.take<kernel::code_bounds>(device::image_ref::parts(s.codes));
+        image.rows = c.take<char>(device::image_ref::tiles(s.codes) * kernel::image_tile *
+                                  image_layout(s.dimensions).row_bytes());
     }
 };
 
-/// Prepares the codebook and searches it on the tensor cores. False, with nothing launched, where the device or the
-/// compiled code has no such path.
+/// Writes the image of a codebook.
+template <std::size_t D = dynamic_extent, class C>
+void prepare(const matrix_ref<const C>& codebook, const kernel::codebook_image& image, cudaStream_t stream) {
+    bool narrow = false;
+    with_sm90_tile<D>(codebook.columns, [&](auto tile) {
+        constexpr unsigned threads = 256;
+        narrow = true;
+        detail::launch(kernel::prepare<threads, decltype(tile)::steps, C>,
+                       static_cast<unsigned>(device::image_ref::parts(codebook.rows)), threads, stream, 0, codebook,
+                       image);
+    });
+    if constexpr (D > sm90_d269::dimensions)
+        if (!narrow) prepare_wide(codebook, image, image_layout(codebook.columns), stream);
+}
+
+/// Prepares the codebook and searches it on Hopper's tensor cores. False, with nothing launched, where the device or
+/// the compiled code has no such path.
 template <class Tile, class X, class C>
 bool quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                    const search_scratch& scratch, std::int64_t& losses, cudaStream_t stream) {
@@ -90,11 +111,7 @@ bool quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     CUVQ_CHECK_CUDA(cudaFuncSetAttribute(search, cudaFuncAttributeMaxDynamicSharedMemorySize, shared::allocated));
 
-    constexpr unsigned prepare_threads = 256;
-    const std::int64_t tiles = (args.codebook.rows - 1) / kernel::image_tile + 1;
-    detail::launch(kernel::prepare<prepare_threads, Tile::steps, C>,
-                   static_cast<unsigned>(tiles * (kernel::image_tile / kernel::image_part)), prepare_threads, stream, 0,
-                   args.codebook, scratch.image);
+    prepare<Tile::dimensions>(args.codebook, scratch.image, stream);
     // Few rows: rather more blocks of fewer.
     const std::int64_t groups = (args.x.rows - 1) / kernel::row_results::rows + 1;
     const int consumers = groups <= processors ? 1 : Tile::consumers;
@@ -103,6 +120,18 @@ bool quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search
     detail::launch(search, static_cast<unsigned>(blocks), static_cast<unsigned>(shared::threads(consumers)), stream,
                    shared::allocated, args, scratch.image, tally, consumers, kernel::tag_mask);
     return true;
+}
+
+/// Prepares the codebook and searches it on the tensor cores of sm_80 and later. Returns how many partial losses that
+/// leaves; 0, with nothing launched, where the device or the compiled code has no such path.
+template <std::size_t D, class X, class C>
+std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                          const search_scratch& scratch, cudaStream_t stream) {
+    const kernel::codebook_image& i = scratch.image;
+    const device::image_ref image{i.centre, i.scale, i.bounds, i.rows, image_layout(args.x.columns)};
+    if (fit_mma<mma_streamed, X, C>(args.x.columns).blocks == 0) return 0;
+    prepare<D>(args.codebook, i, stream);
+    return quantize_mma(args, tally, image, most_search_blocks, stream);
 }
 
 /// Launches the search; returns how many partial losses it leaves in `tally`.
@@ -117,6 +146,12 @@ std::int64_t quantize(const detail::quantize_args<X, C>& args, const kernel::sea
             launched = quantize_sm90<decltype(tile)>(args, tally, scratch, losses, stream);
         });
     if (launched) return losses;
+    const std::int64_t simt_steps =
+        ((args.codebook.rows - 1) / simt_tile::codes + 1) * ((args.x.columns - 1) / simt_tile::depth + 1);
+    const bool tiny = simt_steps <= most_simt_steps && args.x.rows <= most_simt_rows;
+    if (!tiny && has_image(args.codebook.rows, args.codebook.columns))
+        losses = quantize_mma<D>(args, tally, scratch, stream);
+    if (losses > 0) return losses;
     const unsigned blocks = detail::blocks_for(args.x.rows, simt_tile::rows, most_search_blocks);
     detail::launch(kernel::quantize<simt_tile, D, X, C>, blocks, simt_tile::threads, stream, 0, args, tally);
     return blocks;

@@ -11,21 +11,15 @@
 #include <cub/block/block_reduce.cuh>
 
 #include <cuvq/arch/wgmma_sm90.cuh>
+#include <cuvq/device/certificate.cuh>
+#include <cuvq/device/image.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::kernel {
 
-/// Codes of one tile of the image, and of it what one block prepares.
-inline constexpr int image_tile = 128;
-inline constexpr int image_part = 16;
-
-/// Bounds over the codes of one part of a tile, rounded up. Inf where a code did not fit fp16: then no bound holds.
-struct code_bounds {
-    float norm;         ///< largest |C^|, the fp16 row
-    float residual;     ///< largest |C - C^|
-    float offset;       ///< largest |n|, n = shift - |C|^2 / 2
-    float offset_rest;  ///< largest |n - (n in three halves)|
-};
+using device::image_part;
+using device::image_tile;
+using code_bounds = device::score_bounds;  // Inf where a code did not fit fp16: then no bound holds
 
 /// The image of a codebook, in device memory. Row k holds C^ = fp16(scale (c - centre)), then n in three halves (so
 /// that a row of x extended by three ones has the score X.C + n), then zeros. Rows of non-finite codes and beyond K

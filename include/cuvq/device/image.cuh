@@ -1,0 +1,33 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include <cuvq/arch/mma_sm80.cuh>
+#include <cuvq/device/certificate.cuh>
+#include <cuvq/version.hpp>
+
+namespace cuvq::device {
+
+/// Codes of one tile of a codebook's image, and of that what shares one entry of its bounds.
+inline constexpr int image_tile = 128;
+inline constexpr int image_part = 16;
+
+/// The image of a codebook as the tensor-core searches read it, in device memory (kernel/prepare.cuh and
+/// kernel/prepare_wide.cuh make it). Row k holds C^ = fp16(scale (c - centre)), then n in three halves (so that a row
+/// of x extended by three ones has the score X.C + n), then zeros. Rows of non-finite codes and beyond K hold zeros and
+/// n = -60000.
+struct image_ref {
+    const float* centre = nullptr;         ///< [D] aligned to 16 bytes
+    const float* scale = nullptr;          ///< [1] power of two
+    const score_bounds* bounds = nullptr;  ///< [tiles * image_tile / image_part] Inf where a code did not fit fp16
+    const char* rows = nullptr;            ///< [tiles] operands of image_tile rows in `layout`, aligned to 16 bytes
+    arch::slab_layout layout{};            ///< of at least D + 3 columns
+
+    CUVQ_HOST_DEVICE static constexpr std::int64_t tiles(std::int64_t codes) { return (codes - 1) / image_tile + 1; }
+    CUVQ_HOST_DEVICE static constexpr std::int64_t parts(std::int64_t codes) {
+        return tiles(codes) * (image_tile / image_part);
+    }
+};
+
+}  // namespace cuvq::device
