@@ -1,0 +1,418 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// The portable tensor-core search by itself, whatever `quantize` would choose on this device: every tile, on the
+// images that both kernels make of a codebook.
+#include <cuvq/dispatch/quantize.cuh>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "support/device.cuh"
+#include "support/image.cuh"
+#include "support/large.cuh"
+#include "support/oracle.hpp"
+#include "support/random.hpp"
+#include "support/types.hpp"
+
+namespace cuvq::test {
+namespace {
+
+constexpr float inf = std::numeric_limits<float>::infinity();
+constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+
+template <class X>
+struct outputs {
+    std::vector<std::int64_t> codes;
+    matrix<X> quantized;
+    std::vector<float> distances;
+    double loss;
+    std::vector<unsigned long long> histogram;  // of the codes, then rows without one
+
+    bool operator==(const outputs& o) const {
+        return codes == o.codes && same_bits(quantized, o.quantized) && same_bits(distances, o.distances) &&
+               histogram == o.histogram && std::abs(loss - o.loss) <= 1e-12 * loss;
+    }
+};
+
+/// Device memory of one search, and what the searches made of it.
+template <class X, class C>
+struct search_memory {
+    device_matrix<X> x;
+    device_matrix<C> codebook;
+    device_array<std::int64_t> codes;
+    device_matrix<X> quantized;
+    device_array<float> distances;
+    device_array<double> loss{dispatch::most_search_blocks};
+    device_array<unsigned long long> histogram;
+    row_layout layout;
+
+    search_memory(const matrix<X>& rows, const matrix<C>& codebook_rows, row_layout l)
+        : x(rows, l),
+          codebook(codebook_rows, l),
+          codes(rows.rows),
+          quantized(rows.rows, rows.columns, l),
+          distances(rows.rows),
+          histogram(codebook_rows.rows + 1),
+          layout(l) {}
+
+    matrix_ref<const C> codebook_ref() const {
+        return {codebook.data(), codebook.rows(), codebook.columns(), codebook.columns() + layout.padding};
+    }
+    /// What `search(args, tally)`, which returns its number of partial losses, finds.
+    template <class Search>
+    outputs<X> run(Search search) {
+        codes.fill(poison);
+        quantized.fill(poison);
+        distances.fill(poison);
+        histogram.fill(0);
+        const auto args = detail::validate_quantize("test", x.view(), codebook.view(), codes.view(), quantized.view(),
+                                                    distances.view(), {});
+        const kernel::search_tally tally{loss.data(), histogram.data(), histogram.data() + codebook.rows()};
+        const std::int64_t losses = search(args, tally);
+        EXPECT_GT(losses, 0) << "nothing was launched";
+        double sum = 0;
+        for (const double l : loss.download(0, losses)) sum += l;
+        EXPECT_TRUE(quantized.padding_untouched());
+        return {codes.download(), quantized.download(), distances.download(), sum, histogram.download()};
+    }
+    template <class Tile>
+    outputs<X> run_mma(const device_image<C>& image, const dispatch::mma_fit& fit) {
+        return run([&](const auto& args, const auto& tally) {
+            return dispatch::quantize_mma<Tile>(args, tally, image.ref(), dispatch::most_search_blocks, fit, nullptr);
+        });
+    }
+    outputs<X> run_simt() {
+        return run([&](const auto& args, const auto& tally) {
+            const unsigned blocks = detail::blocks_for(x.rows(), simt_tile::rows, dispatch::most_search_blocks);
+            detail::launch(kernel::quantize<simt_tile, dynamic_extent, X, C>, blocks, simt_tile::threads, nullptr, 0,
+                           args, tally);
+            return std::int64_t{blocks};
+        });
+    }
+};
+
+/// All ways to the codes, judged. Returns the codes.
+template <class X, class C>
+std::vector<std::int64_t> expect_exact(const matrix<X>& x, const matrix<C>& codebook, row_layout layout = {}) {
+    SCOPED_TRACE(testing::Message() << x.rows << " rows, " << codebook.rows << " codes, D = " << x.columns);
+    search_memory<X, C> memory(x, codebook, layout);
+    const auto right = memory.run_simt();
+    EXPECT_EQ(right.codes, nearest_codes(x, codebook, ordered_distance64)) << "on the CUDA cores";
+    EXPECT_TRUE(codes_are_nearest(x, codebook, right.codes)) << "on the CUDA cores";
+    for (const bool wide : {false, true}) {
+        const device_image<C> image(memory.codebook_ref(), wide);
+        int tiles = 0;
+        const auto expect_same = [&](auto tile) {
+            using Tile = decltype(tile);
+            const auto fit = dispatch::fit_mma<Tile, X, C>(x.columns);
+            if (fit.blocks == 0) return;
+            ++tiles;
+            const auto got = memory.template run_mma<Tile>(image, fit);
+            const auto name = testing::Message()
+                              << "tile of " << Tile::rows << " rows, " << Tile::codes << " codes, " << Tile::stages
+                              << " stages" << (Tile::streamed ? ", streamed" : "") << (wide ? ", wide" : "");
+            EXPECT_EQ(got.codes, right.codes) << name;
+            EXPECT_TRUE(got == right) << name;
+        };
+        expect_same(mma_twin{});
+        expect_same(mma_tall{});
+        expect_same(mma_flat{});
+        expect_same(mma_streamed{});
+        expect_same(mma_tile<64, 128, 3, false, 1>{});
+        expect_same(mma_tile<128, 128, 2, true, 1>{});
+        EXPECT_GE(tiles, 2) << "those that stream";
+    }
+    return right.codes;
+}
+
+class QuantizeMmaSmall : public mma_test {};
+class QuantizeMmaTest : public mma_test {};
+
+template <class Elements>
+class QuantizeMmaTypesSmall : public mma_test {
+protected:
+    using x = typename Elements::x;
+    using codebook = typename Elements::codebook;
+};
+TYPED_TEST_SUITE(QuantizeMmaTypesSmall, element_pairs, type_names);
+
+/// Multiplies by powers of two drawn per row (`lowest` to `highest`).
+matrix<float> scaled_rows(random_source& random, std::int64_t rows, std::int64_t columns, int lowest, int highest) {
+    auto m = random.normals<float>(rows, columns);
+    for (std::int64_t i = 0; i < rows; ++i) {
+        const auto exponent = static_cast<int>(random.integer(lowest, highest));
+        for (std::int64_t d = 0; d < columns; ++d) m(i, d) = std::ldexp(m(i, d), exponent);
+    }
+    return m;
+}
+
+// ---- layout ---------------------------------------------------------------------------------------------------------
+
+template <int Steps>
+void expect_layout_of_sm90() {
+    using compiled = arch::wgmma_layout<Steps>;
+    const arch::slab_layout layout{Steps};
+    EXPECT_EQ(layout.row_bytes(), compiled::row_bytes);
+    for (const int rows : {64, 128})
+        for (int row = 0; row < rows; ++row)
+            for (int column = 0; column < compiled::columns; column += 8)
+                ASSERT_EQ(layout.offset(rows, row, column), compiled::offset(rows, row, column))
+                    << Steps << " steps, row " << row << ", column " << column;
+}
+
+TEST(QuantizeMmaLayout, IsThatOfTheHopperPath) {
+    expect_layout_of_sm90<1>();
+    expect_layout_of_sm90<2>();
+    expect_layout_of_sm90<3>();
+    expect_layout_of_sm90<4>();
+    expect_layout_of_sm90<5>();
+    expect_layout_of_sm90<9>();
+    expect_layout_of_sm90<14>();
+    expect_layout_of_sm90<17>();
+}
+
+TEST(QuantizeMmaLayout, HasRoomForEveryDimensionAndTheOffset) {
+    for (std::int64_t d = 1; d < 2000; ++d) {
+        const auto layout = dispatch::image_layout(d);
+        ASSERT_GE(layout.columns(), d + 3);
+        ASSERT_GE(layout.row_bytes(), 2 * layout.columns());
+        if (d > 269) ASSERT_LE(layout.row_bytes(), 2 * (d + 3) + 62);
+        ASSERT_LE((d + 2) / 64 + 1, layout.slabs());
+    }
+}
+
+// ---- types, shapes --------------------------------------------------------------------------------------------------
+
+TYPED_TEST(QuantizeMmaTypesSmall, NormalDataAndUnalignedRows) {
+    random_source random;
+    for (const std::int64_t d : {1, 17, 64, 200, 330}) {
+        const auto x = random.normals<typename TestFixture::x>(130, d);
+        const auto codebook = random.normals<typename TestFixture::codebook>(150, d);
+        EXPECT_EQ(expect_exact(x, codebook), expect_exact(x, codebook, awkward));
+    }
+}
+
+TYPED_TEST(QuantizeMmaTypesSmall, TiesGoToTheLowestCode) {
+    random_source random;
+    for (const std::int64_t d : {2, 5}) {
+        const auto x = random.integers<typename TestFixture::x>(150, d, -3, 3);
+        const auto codebook = random.integers<typename TestFixture::codebook>(300, d, -3, 3);
+        EXPECT_EQ(expect_exact(x, codebook), nearest_codes(x, codebook, distance64));
+    }
+}
+
+TYPED_TEST(QuantizeMmaTypesSmall, NanAndInfInXAndCodebook) {
+    random_source random;
+    for (const std::int64_t d : {19, 280}) {
+        auto x = random.normals<typename TestFixture::x>(100, d);
+        auto codebook = random.normals<typename TestFixture::codebook>(140, d);
+        const float bad[] = {nan, inf, -inf};
+        for (int j = 0; j < 12; ++j) {
+            x(8 * j, (7 * j) % d) = bad[j % 3];
+            codebook(11 * j, d - 1 - (5 * j) % d) = bad[j % 3];
+        }
+        const auto codes = expect_exact(x, codebook);
+        for (int j = 0; j < 12; ++j) EXPECT_EQ(codes[8 * j], -1);
+    }
+}
+
+TEST_F(QuantizeMmaSmall, DimensionsAroundTheSlabs) {
+    random_source random;
+    for (const std::int64_t d : {2,   3,   8,   12,  13,  14,  15,  29,  30,  45,  46,  60,  61,  62,  63,  65,
+                                 77,  78,  93,  94,  110, 125, 126, 127, 128, 129, 141, 142, 189, 253, 254, 255,
+                                 256, 269, 270, 271, 300, 317, 318, 333, 349, 365, 381, 382, 509, 510, 512, 514})
+        expect_exact(random.normals<float>(67, d), random.normals<float>(135, d));
+}
+
+TEST_F(QuantizeMmaTest, ManyDimensions) {
+    random_source random;
+    for (const std::int64_t d : {640, 701, 702, 1000, 1024, 1405, 1406, 1500, 2050}) {
+        expect_exact(random.normals<float>(70, d), random.normals<float>(140, d));
+        expect_exact(random.normals<__half>(65, d), random.normals<__half>(129, d), awkward);
+    }
+}
+
+TEST_F(QuantizeMmaSmall, RowsAndCodesAroundTheEdgesOfTiles) {
+    random_source random;
+    for (const std::int64_t d : {4, 300})
+        for (const std::int64_t n : {1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257})
+            for (const std::int64_t k : {1, 2, 16, 63, 64, 65, 127, 128, 129, 257})
+                if (d == 4 || (n * k) % 2 == 1) expect_exact(random.normals<float>(n, d), random.normals<float>(k, d));
+}
+
+TEST_F(QuantizeMmaTest, MoreColumnsThanItServesAreRefused) {
+    EXPECT_TRUE(dispatch::has_image(7, device::most_mma_columns));
+    EXPECT_FALSE(dispatch::has_image(7, device::most_mma_columns + 1));
+    EXPECT_FALSE(dispatch::has_image(device::most_mma_codes, 7));
+}
+
+TEST_F(QuantizeMmaTest, TheMostColumns) {
+    random_source random;
+    const std::int64_t d = device::most_mma_columns;
+    expect_exact(random.normals<float>(5, d), random.normals<float>(6, d));
+    // Constant rows: every addition of one sum of squares rounds alike.
+    const auto steps = [&](std::int64_t rows) {
+        return matrix<float>::generate(rows, d, [&](auto i, auto) { return 1.0f + 0x1p-9f * static_cast<float>(i); });
+    };
+    expect_exact(steps(5), steps(40));
+}
+
+// ---- hard values ----------------------------------------------------------------------------------------------------
+
+TEST_F(QuantizeMmaSmall, CopiesOfRowsAnywhereInTheCodebook) {
+    random_source random;
+    for (const std::int64_t d : {6, 290})
+        for (const std::int64_t k : {100, 700, 1500})
+            for (const int copies : {2, 3, 4, 5, 9, 20, 90}) {
+                auto codebook = random.normals<float>(k, d);
+                const auto row = random.normals<float>(1, d);
+                for (int copy = 0; copy < copies; ++copy) {
+                    const std::int64_t at = random.integer(0, k - 1);
+                    for (std::int64_t c = 0; c < d; ++c) codebook(at, c) = row.at(0, c);
+                    codebook(at, copy % d) *= 1 + 0x1p-23f * static_cast<float>(random.integer(0, copies % 3));
+                }
+                expect_exact(matrix<float>::generate(
+                                 65, d, [&](auto i, auto c) { return row.at(0, c) + 1e-3f * i * random.normal(); }),
+                             codebook);
+            }
+}
+
+TEST_F(QuantizeMmaSmall, OneRepeatedRow) {
+    random_source random;
+    const auto row = random.normals<float>(1, 280);
+    for (const std::int64_t d : {12, 280}) {
+        const auto codebook = matrix<float>::generate(300, d, [&](auto, auto c) { return row.at(0, c); });
+        EXPECT_EQ(expect_exact(random.normals<float>(70, d), codebook), std::vector<std::int64_t>(70, 0));
+    }
+}
+
+TEST_F(QuantizeMmaSmall, NearTiesOfOneUlp) {
+    random_source random;
+    for (const std::int64_t d : {1, 13, 290})
+        for (const float spread : {0.0f, 1e-6f, 1e-3f, 1.0f, 100.0f}) {
+            const auto base = random.normals<float>(1, d);
+            const auto codebook = matrix<float>::generate(200, d, [&](auto, auto c) {
+                const float v = base.at(0, c);
+                return random.integer(0, 9) == 0 ? v * (1 + 0x1p-23f * static_cast<float>(random.integer(-2, 2))) : v;
+            });
+            expect_exact(
+                matrix<float>::generate(66, d, [&](auto, auto c) { return base.at(0, c) + spread * random.normal(); }),
+                codebook);
+        }
+}
+
+TEST_F(QuantizeMmaSmall, ACommonOffsetAndOutliers) {
+    random_source random;
+    for (const std::int64_t d : {3, 32, 300}) {
+        auto x = random.normals<float>(80, d), codebook = random.normals<float>(150, d);
+        for (float& v : x.data) v += 1000;
+        for (float& v : codebook.data) v += 1000;
+        expect_exact(x, codebook);
+        for (const float far : {100.0f, 1e5f, 1e10f, 1e30f}) {
+            x = random.normals<float>(80, d);
+            codebook = random.normals<float>(150, d);
+            x(5, d - 1) = -far;
+            x(69, 1) = far;
+            expect_exact(x, codebook);
+            codebook(57, d / 2) = far;
+            expect_exact(x, codebook);
+        }
+    }
+}
+
+TEST_F(QuantizeMmaSmall, MixedMagnitudesAndSubnormalAndHugeNumbers) {
+    random_source random;
+    for (const std::int64_t d : {1, 4, 33, 290}) {
+        for (const int span : {3, 20, 100})
+            expect_exact(scaled_rows(random, 90, d, -span, span), scaled_rows(random, 140, d, -span, span));
+        expect_exact(scaled_rows(random, 70, d, -149, -140), scaled_rows(random, 140, d, -149, -140));
+        expect_exact(scaled_rows(random, 70, d, -140, -120), scaled_rows(random, 140, d, -140, -120));
+        expect_exact(scaled_rows(random, 70, d, 118, 124), scaled_rows(random, 140, d, 118, 124));
+        expect_exact(matrix<float>(3, d), scaled_rows(random, 140, d, -149, 120));
+        // Codes and rows of one scale, a common offset of another.
+        for (const int offset : {-120, 0, 60, 100}) {
+            auto x = scaled_rows(random, 70, d, offset - 20, offset - 10);
+            auto codebook = scaled_rows(random, 140, d, offset - 20, offset - 10);
+            for (float& v : x.data) v += std::ldexp(1.0f, offset);
+            for (float& v : codebook.data) v += std::ldexp(1.0f, offset);
+            expect_exact(x, codebook);
+        }
+    }
+}
+
+TEST_F(QuantizeMmaSmall, NearestByApproximationIsNotTheNearest) {
+    // Codes whose rounding to fp16 reverses their order: x sits between two codes that differ by less than fp16 tells
+    // apart, many times over.
+    random_source random;
+    for (const std::int64_t d : {1, 16, 128, 400}) {
+        const auto base = random.normals<float>(40, d);
+        const auto codebook = matrix<float>::generate(240, d, [&](auto k, auto c) {
+            return base.at(k / 6, c) * (1 + 0x1p-13f * static_cast<float>(random.integer(-8, 8)));
+        });
+        expect_exact(matrix<float>::generate(130, d,
+                                             [&](auto i, auto c) {
+                                                 const std::int64_t k = 6 * (i % 40);
+                                                 return 0.5f * (codebook.at(k, c) + codebook.at(k + 1, c));
+                                             }),
+                     codebook);
+    }
+}
+
+TEST_F(QuantizeMmaSmall, ACodebookWithoutAFiniteRow) {
+    random_source random;
+    for (const std::int64_t d : {3, 300}) {
+        auto codebook = random.normals<float>(140, d);
+        for (std::int64_t k = 0; k < 140; ++k) codebook(k, (k * 7) % d) = k % 2 ? nan : -inf;
+        EXPECT_EQ(expect_exact(random.normals<float>(67, d), codebook), std::vector<std::int64_t>(67, -1));
+    }
+}
+
+// ---- many rows ------------------------------------------------------------------------------------------------------
+
+/// Codes of noise, several times over, against those from the CUDA cores.
+template <class Tile>
+void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int runs) {
+    SCOPED_TRACE(testing::Message() << n << " rows, " << k << " codes, D = " << d);
+    const auto x = pattern_array<float>(n * d, 23, true);
+    const device_matrix<float> codebook(
+        matrix<float>::generate(k, d, [&](auto i, auto c) { return noise(29, i * d + c); }));
+    const device_image<float> image(matrix_ref<const float>{codebook.data(), k, d, d});
+    device_array<std::int32_t> codes(n);
+    const auto args = detail::validate_quantize("test", matrix_view<const float>(x.data(), n, d), codebook.view(),
+                                                codes.view(), discard, discard, {});
+    detail::launch(kernel::quantize<simt_tile, dynamic_extent, float, float>, 4096, simt_tile::threads, nullptr, 0,
+                   args, kernel::search_tally{});
+    const auto right = codes.download();
+    const auto fit = dispatch::fit_mma<Tile, float, float>(d);
+    for (int run = 0; run < runs; ++run) {
+        codes.fill(poison);
+        ASSERT_GT(dispatch::quantize_mma<Tile>(args, kernel::search_tally{}, image.ref(), 4096, fit, nullptr), 0);
+        const auto got = codes.download();
+        std::int64_t wrong = 0;
+        for (std::int64_t i = 0; i < n; ++i) wrong += got[i] != right[i];
+        ASSERT_EQ(wrong, 0) << "rows, in run " << run;
+    }
+}
+
+TEST_F(QuantizeMmaTest, AMillionRowsTenTimes) {
+    expect_steady_codes<mma_twin>(1 << 20, 1024, 128, 10);
+    expect_steady_codes<mma_tall>(1 << 20, 1024, 128, 10);
+}
+
+TEST_F(QuantizeMmaTest, ManyRowsOfManyWidths) {
+    for (const std::int64_t d : {8, 77, 256, 520}) {
+        expect_steady_codes<mma_twin>(100001, 2050, d, 3);
+        expect_steady_codes<mma_tall>(100001, 2050, d, 3);
+        expect_steady_codes<mma_flat>(100001, 2050, d, 3);
+        expect_steady_codes<mma_streamed>(50001, 1030, d, 3);
+    }
+}
+
+}  // namespace
+}  // namespace cuvq::test
