@@ -335,6 +335,19 @@ void add_codes(fixture& s, const cuvq::shape& shape, const char* type, const cha
 template <class X>
 void add_quantize(fixture& s, const cuvq::shape& shape, const char* type) {
     add_codes<X>(s, shape, type, "codes", [](const problem<X>&, quantize_params&) { return nullptr; });
+    const auto prepared = [](const problem<X>& p, quantize_params& params) {
+        const std::size_t bytes = prepared_codebook_bytes(p.shape.codes, p.shape.dimensions);
+        auto made = std::make_shared<buffer<char>>(static_cast<std::int64_t>(bytes));
+        params.prepared = {made->data(), bytes};
+        prepare(p.codebook_view(), params.prepared);
+        CUVQ_CHECK_CUDA(cudaDeviceSynchronize());
+        return std::shared_ptr<void>(made);
+    };
+    add_codes<X>(s, shape, type, "prepared", prepared);
+    add_codes<X>(s, shape, type, "fast", [prepared](const problem<X>& p, quantize_params& params) {
+        params.accuracy = accuracy::fast;
+        return prepared(p, params);
+    });
     add(s, {"quantize", "cuvq", type, shape, "all"}, [&s](benchmark::State& state, const row& r) {
         auto& judged = s.get<X>(r.shape);
         const auto& p = judged.data;

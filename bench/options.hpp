@@ -74,8 +74,8 @@ allocated, and norms and copies that a peer needs of the codebook are made,
 outside the timed part. Data are random.
 
 VARIANT: of quantize, codes (nothing else is written; the codebook is prepared
-in every call) or all (quantized rows and distances too); of accumulate and
-ema_update, how the given codes are distributed. ema_update and train_step
+in every call), prepared (it was before), fast (the same with accuracy::fast) or
+all (as codes; quantized rows and distances too); of accumulate and ema_update, how the given codes are distributed. ema_update and train_step
 follow RecTokens' rules: a code restarts from a row of the batch after 20 steps
 without one. Their state is reset before each sample, with the counts of idle
 steps spread evenly, so that each step restarts a twentieth of the idle codes.

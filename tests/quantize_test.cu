@@ -672,6 +672,11 @@ TEST_F(QuantizeSmall, AnUnfitPreparedCodebookIsRefused) {
 
 // ---- accuracy::fast -------------------------------------------------------------------------------------------------
 
+bool is_finite_row(const matrix<float>& m, std::int64_t i) {
+    const auto row = m.row(i);
+    return std::all_of(row.begin(), row.end(), [](float v) { return std::isfinite(v); });
+}
+
 /// The documented bound of `accuracy::fast`, the same codes twice, and -1 where `exact` has it.
 template <class X>
 void expect_fast(const matrix<X>& x, const matrix<float>& codebook) {
@@ -689,14 +694,16 @@ void expect_fast(const matrix<X>& x, const matrix<float>& codebook) {
 
     std::vector<double> mean(static_cast<std::size_t>(x.columns));
     for (std::int64_t k = 0; k < codebook.rows; ++k)
-        for (std::int64_t d = 0; d < x.columns; ++d) mean[d] += double(codebook.at(k, d)) / double(codebook.rows);
+        if (is_finite_row(codebook, k))
+            for (std::int64_t d = 0; d < x.columns; ++d) mean[d] += double(codebook.at(k, d)) / double(codebook.rows);
     const auto norm = [&](const auto& m, std::int64_t i) {
         double sum = 0;
         for (std::int64_t d = 0; d < x.columns; ++d) sum += std::pow(double(m.at(i, d)) - mean[d], 2);
         return std::sqrt(sum);
     };
     double largest = 0;
-    for (std::int64_t k = 0; k < codebook.rows; ++k) largest = std::max(largest, norm(codebook, k));
+    for (std::int64_t k = 0; k < codebook.rows; ++k)
+        if (is_finite_row(codebook, k)) largest = std::max(largest, norm(codebook, k));
     for (std::int64_t i = 0; i < x.rows; ++i) {
         const std::int64_t k = fast.codes[i], best = exact.codes[i];
         ASSERT_EQ(k < 0, best < 0) << "row " << i;

@@ -24,9 +24,6 @@ namespace cuvq::dispatch {
 /// Most blocks of a SIMT search, and of a portable one on tensor cores.
 inline constexpr std::int64_t most_search_blocks = 4096;
 
-/// Elements of a codebook, and rows, up to which the CUDA cores answer before a codebook's image could be made.
-inline constexpr std::int64_t most_tiny_codebook = 1 << 14, most_tiny_rows = 1 << 12;
-
 /// Most partial losses of any search, so that the workspace needs no word from the device.
 inline constexpr std::int64_t most_losses = most_search_blocks * (simt_tile::threads / 32);
 
@@ -221,8 +218,9 @@ std::int64_t quantize(const detail::quantize_args<X, C>& args, const kernel::sea
             launched = quantize_sm90<decltype(tile)>(args, tally, scratch, exact, losses, stream);
         });
     if (launched) return losses;
-    // A codebook that the CUDA cores are through with before its image would be there: not worth one.
-    const bool tiny = args.codebook.rows * args.x.columns <= most_tiny_codebook && args.x.rows <= most_tiny_rows;
+    const std::int64_t simt_steps =
+        ((args.codebook.rows - 1) / simt_tile::codes + 1) * ((args.x.columns - 1) / simt_tile::depth + 1);
+    const bool tiny = simt_steps <= most_simt_steps && args.x.rows <= most_simt_rows;
     if (!tiny && has_image(args.codebook.rows, args.codebook.columns))
         losses = quantize_mma<D>(args, tally, scratch, stream);
     if (losses > 0) return losses;

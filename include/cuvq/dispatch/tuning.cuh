@@ -65,28 +65,6 @@ using mma_streamed = mma_tile<64, 256, 2, true, 1>;  // any
 /// simt_tile has them, and rows at most.
 inline constexpr long long most_simt_steps = 16, most_simt_rows = 8192;
 
-/// `device/nearest_mma.cuh`: a block finds the nearest codes of `rows` rows (64 or 128), `codes` codes (128 or 256) and
-/// 64 columns at a time, with `stages` such slabs of the codebook's image in its shared memory. The rows' fp16 stays
-/// there as a whole, or if `streamed`, is made again for every `codes` codes. The library's own kernel has registers
-/// for `blocks` blocks on a multiprocessor.
-template <int Rows, int Codes, int Stages, bool Streamed, int Blocks>
-struct mma_tile {
-    static constexpr int threads = 256;
-    static constexpr int rows = Rows;
-    static constexpr int codes = Codes;
-    static constexpr int stages = Stages;
-    static constexpr bool streamed = Streamed;
-    static constexpr int blocks = Blocks;
-};
-using mma_twin = mma_tile<128, 128, 3, false, 2>;    // rows so narrow that two blocks fit on a multiprocessor
-using mma_tall = mma_tile<128, 256, 2, false, 1>;    // wider
-using mma_flat = mma_tile<64, 256, 2, false, 1>;     // wider still, or few rows
-using mma_streamed = mma_tile<64, 256, 2, true, 1>;  // any
-
-/// Of a search that the CUDA cores may answer before a codebook's image is there: so many tiles of codes and depth, as
-/// simt_tile has them, and rows at most.
-inline constexpr long long most_simt_steps = 16, most_simt_rows = 8192;
-
 /// `kernel/accumulate.cuh`: a warp sums `columns` columns of a run of sorted rows.
 struct sum_tile {
     static constexpr int threads = 128;

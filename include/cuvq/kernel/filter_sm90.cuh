@@ -184,9 +184,10 @@ __device__ inline void conclude(const leaders& mine, float error, bool exact, ro
     const int limit = least_candidate(best, error), least = max(limit, 1);
     const bool decided = limit > 0;
     const bool lost = mine.rest >= least;  // something dropped could win
-    const int words =
-        lost ? 1
-             : (mine.best >= least) + (mine.best_runner >= least) + (mine.next >= least) + (mine.next_runner >= least);
+    int words = 1;
+    if (!lost)
+        words = (mine.best >= least) + (mine.best_runner >= least) + (mine.next >= least) +
+                (mine.next_runner >= least) + (mine.third >= least);
     const int from1 = __shfl_xor_sync(0xFFFFFFFFu, words, 1), pair = words + from1;
     const int from2 = __shfl_xor_sync(0xFFFFFFFFu, pair, 2), total = pair + from2;
     if (decided && total == 1 && !__any_sync(0xFu << (threadIdx.x & 28u), lost)) {

@@ -85,6 +85,12 @@ __device__ inline void arrive(std::uint64_t* barrier) {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier);
 }
 
+/// The arrival of each lane. Once per 64 rows that costs nothing, and checkers of races can follow it.
+__device__ inline void arrive_each(std::uint64_t* barrier) {
+    namespace ptx = cuda::ptx;
+    ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier);
+}
+
 /// The barriers of the pipeline: `..._full` when there is something to read, `..._empty` when it has been read.
 template <class Tile>
 struct sm90_barriers {
@@ -107,12 +113,12 @@ struct sm90_barriers {
             ptx::mbarrier_init(codes_empty + i, 4 * Tile::consumers);
         }
         for (int i = 0; i < Tile::row_buffers; ++i) {
-            ptx::mbarrier_init(rows_full + i, 4);
-            ptx::mbarrier_init(rows_empty + i, 4);
+            ptx::mbarrier_init(rows_full + i, 128);
+            ptx::mbarrier_init(rows_empty + i, 128);
         }
         for (int i = 0; i < sm90_shared<Tile>::result_buffers; ++i) {
-            ptx::mbarrier_init(results_full + i, 4);
-            ptx::mbarrier_init(results_empty + i, finishing_warps);
+            ptx::mbarrier_init(results_full + i, 128);
+            ptx::mbarrier_init(results_empty + i, 32 * finishing_warps);
         }
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
@@ -165,7 +171,7 @@ __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_c
             if (split::lane() == 0) errors[buffer.at * row_results::rows + row0 + i] = error;
         }
         cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-        arrive(barriers.rows_full + buffer.at);
+        arrive_each(barriers.rows_full + buffer.at);
     }
 }
 
@@ -200,7 +206,7 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
                 found = settle_open(words, number, a.x.row(first + r), a.codebook, a.x.columns);
             if (lane == r) code = found;
         }
-        arrive(barriers.results_empty + buffer.at);
+        arrive_each(barriers.results_empty + buffer.at);
         write_codes(a, tally, first, count, code);
     }
     if (aside.capacity > 0 && lane == 0) aside.used[segment] = put_aside;
@@ -271,11 +277,11 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
                 least1 = least_candidate(row_largest(lead1.best), exact ? error1 : 0.0f);
             }
         }
-        arrive(barriers.rows_empty + at);
+        arrive_each(barriers.rows_empty + at);
         wait(barriers.results_empty + put, (turn / shared::result_buffers & 1) ^ 1);
         conclude(lead0, error0, exact, results[put], row0);
         conclude(lead1, error1, exact, results[put], row0 + 8);
-        arrive(barriers.results_full + put);
+        arrive_each(barriers.results_full + put);
     }
 }
 
