@@ -181,8 +181,9 @@ void expect_exact_sums(random_source& random, const std::vector<std::int64_t>& r
 
 TEST_F(AccumulateSmall, CodesThatEndAtAndAroundTheEndsOfRuns) {
     random_source random;
+    constexpr std::int64_t run = sum_tile::least_rows, empty_codes = 60;  // enough that runs stay that short
+    ASSERT_EQ(sum_tile::rows(12 * run, empty_codes, 150), run);
     for (const std::int64_t d : {3, 40, 150}) {
-        const std::int64_t run = sum_tile::rows(d);
         const std::vector<std::vector<std::int64_t>> cases{
             {run},
             {run - 1},
@@ -204,7 +205,10 @@ TEST_F(AccumulateSmall, CodesThatEndAtAndAroundTheEndsOfRuns) {
             {7 * run + 3},
             {0, 0, 11 * run, 0},
         };
-        for (const auto& rows : cases) expect_exact_sums(random, rows, d);
+        for (auto rows : cases) {
+            rows.resize(rows.size() + empty_codes);
+            expect_exact_sums(random, rows, d);
+        }
     }
 }
 
@@ -228,7 +232,7 @@ TEST_F(AccumulateSmall, DimensionsOneToAHundredAndThirty) {
 
 TEST_F(AccumulateSmall, AnOverflowOnTheWayIsNone) {
     // Any eight in a row overflow float, and so do the first and the second half; all together they are finite.
-    const std::int64_t half = 3 * sum_tile::rows(1);
+    const std::int64_t half = 3 * sum_tile::least_rows;
     matrix<float> x(2 * half, 1);
     for (std::int64_t i = 0; i < 2 * half; ++i) x.data[i] = i < half ? 3e38f : -3e38f;
     x.data[0] = 1e38f;
@@ -277,6 +281,41 @@ TEST_F(AccumulateTest, EveryRowOnOneCode) {
         expect_sums(random.normals<float>(100000, d), codes_t(100000, 3), 1000, random_weights(random, 100000));
 }
 
+TEST_F(AccumulateTest, NumbersOfCodesAroundTheBinsOfASortingPass) {
+    random_source random;
+    for (const std::int64_t k : {1023, 1024, 1025, 2047, 2048, 2049, 65535, 65536, 65537, (1 << 22) + 1})
+        for (const std::int64_t n : {700, 9000}) {
+            auto codes = random_codes(random, n, 0, k - 1);
+            codes[5] = codes[n - 7] = k - 1;
+            codes[6] = codes[n - 8] = 0;
+            codes[7] = k;
+            expect_sums(random.normals<float>(n, 2), codes, k);
+        }
+}
+
+TEST_F(AccumulateTest, CodesThatDifferInOneDigitOnly) {
+    random_source random;
+    constexpr std::int64_t k = 1 << 16, n = 5000;
+    for (const std::int64_t step : {1, 256}) {
+        codes_t codes;
+        for (std::int64_t i = 0; i < n; ++i) codes.push_back(7 + step * random.integer(0, 200));
+        expect_sums(random.normals<float>(n, 3), codes, k);
+    }
+}
+
+TEST_F(AccumulateTest, RowsOfNanAmongThoseOfALargeBatch) {
+    random_source random;
+    for (const std::int64_t d : {64, 128, 192}) {
+        auto x = random.normals<float>(40000, d);
+        for (int j = 0; j < 900; ++j) x(random.integer(0, 39999), random.integer(0, d - 1)) = j % 2 ? nan : -inf;
+        for (int i = 20000; i < 20100; ++i) x(i, d - 1) = inf;  // whole batches of rows that are summed together
+        expect_sums(x, random_codes(random, 40000, 0, 19), 20);
+        codes_t in_order;
+        for (std::int64_t i = 0; i < 40000; ++i) in_order.push_back(i / 100);
+        expect_sums(x, in_order, 400, random_weights(random, 40000));
+    }
+}
+
 TEST_F(AccumulateTest, CodesOfAZipfDistribution) {
     random_source random;
     codes_t codes;
@@ -292,7 +331,7 @@ TEST_F(AccumulateTest, EqualRowsWhoseRoundingErrorsAllPointTheSameWay) {
     random_source random;
     for (const std::int64_t d : {30, 128, 768, 2050}) {
         const auto values = matrix<float>::generate(1, d, [&](auto, auto) { return 1.0f + std::abs(random.normal()); });
-        for (const std::int64_t n : {std::int64_t{64}, std::int64_t{sum_tile::rows(d)}, std::int64_t{20000}}) {
+        for (const std::int64_t n : {64, 512, 20000}) {
             const auto x = matrix<float>::generate(n, d, [&](auto, auto column) { return values.at(0, column); });
             expect_sums(x, codes_t(static_cast<std::size_t>(n), 0), 1);
         }

@@ -30,12 +30,32 @@ using sm90_d77 = sm90_tile<5, 2, 2, 6>;
 using sm90_d141 = sm90_tile<9, 2, 2, 4>;
 using sm90_d269 = sm90_tile<17, 2, 1, 2>;
 
-/// `kernel/accumulate.cuh`: a warp sums `columns` columns of a run of sorted rows.
+/// `kernel/accumulate.cuh`: a block sums `columns` columns of a run of sorted rows, each warp at most `rows_per_warp`
+/// at a time; `blocks` of them fit a multiprocessor. `merge_threads` add up the runs of a code.
 struct sum_tile {
-    static constexpr int threads = 128;
+    static constexpr int threads = 256;
+    static constexpr int blocks = 2;
     static constexpr int columns = 128;
-    /// Rows of one partial sum, in double. Growing with D it keeps the partial sums at about 7 bytes per row.
-    static constexpr long long rows(long long dimensions) { return dimensions > 32 ? 9 * dimensions / 4 : 72; }
+    static constexpr int rows_per_warp = 64;
+    static constexpr int merge_threads = 512;
+    static constexpr long long wanted_runs = 1024;
+    static constexpr long long least_rows = 8 * threads / 32;  // of a run: a batch of loads for each warp
+
+    /// Rows of one run, for `count` rows: short enough that all multiprocessors are busy, long enough that the partial
+    /// sums, in double, take at most 8 bytes per row and two copies of the codebook.
+    static constexpr long long rows(long long count, long long codes, long long dimensions) {
+        constexpr long long unit = least_rows, most = rows_per_warp * threads / 32;
+        long long run = count / wanted_runs / unit * unit;
+        run = run < unit ? unit : run > most ? most : run;
+        // Each run has two parts of D doubles.
+        const long long room = count / (2 * dimensions) + codes / 2;
+        if (count / run >= room) {
+            const long long most_runs = room > 1 ? room - 1 : 1;
+            run = (count / most_runs / unit + 1) * unit;
+            if (run > most) run = (run + most - 1) / most * most;
+        }
+        return run;
+    }
 };
 
 }  // namespace cuvq
