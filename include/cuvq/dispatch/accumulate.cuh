@@ -1,6 +1,7 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// The launches of an `accumulate`: sort rows by code (three for each digit), sum runs, merge what spans runs.
+// The launches of an `accumulate`: sort rows by code (three for each digit), sum runs, merge
+// what spans runs; or just one for a small batch.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/dispatch/tuning.cuh>
 #include <cuvq/kernel/accumulate.cuh>
+#include <cuvq/kernel/gather.cuh>
 #include <cuvq/workspace.hpp>
 
 namespace cuvq::dispatch {
@@ -74,6 +76,7 @@ struct accumulate_scratch {
 
     accumulate_scratch(detail::carver& c, const shape& s)
         : slice(std::min(s.vectors, most_slice_rows)), run(sum_tile::rows(slice, s.codes, s.dimensions)) {
+        if (gather_tile::serves(s.vectors, s.codes, s.dimensions)) return;  // needs none
         const sort_plan plan(slice, s.codes);
         rows[0] = c.take<kernel::coded_row>(slice);
         if (plan.passes > 1 || s.dimensions > sum_tile::columns) rows[1] = c.take<kernel::coded_row>(slice);
@@ -108,28 +111,56 @@ void sort_pass(const kernel::row_source& source, const kernel::digit_pass& pass,
                    pass, m.histogram, m.totals, to, placed);
 }
 
+inline kernel::row_source rows_of(const const_codes_ref& codes, const vector_ref<const float>& weights,
+                                  const provenance& from, std::int64_t code_count, std::int64_t first,
+                                  std::int64_t count) {
+    kernel::row_source source;
+    source.first_row = first;
+    source.count = count;
+    source.codes = codes;
+    source.weights = weights;
+    source.distances = from.distances;
+    source.code_count = code_count;
+    return source;
+}
+
+/// The launch that sums a small batch.
+struct gather_plan {
+    kernel::row_source source;
+    unsigned blocks = 0, per_block = 0;
+    bool vectors = false, checks = false;
+
+    template <class X>
+    gather_plan(const detail::accumulate_args<X>& a, const provenance& from)
+        : source(rows_of(a.codes, a.weights, from, a.sums.rows, 0, a.x.rows)),
+          per_block(static_cast<unsigned>(gather_tile::codes(a.sums.rows, a.x.columns))),
+          vectors(kernel::has_vectors<gather_tile::columns / 32>(a.x)),
+          checks(a.x.columns > gather_tile::columns && !from.trusted) {
+        blocks = static_cast<unsigned>((a.sums.rows - 1) / per_block + 1);
+    }
+};
+
 /// @param invalid_rows  [1] gets the rows left out added, or null.
 template <class X>
 void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance& from, const accumulate_scratch& m,
                 unsigned long long* invalid_rows, cudaStream_t stream) {
+    if (gather_tile::serves(a.x.rows, a.sums.rows, a.x.columns)) {
+        const gather_plan plan(a, from);
+        detail::launch(kernel::gather<gather_tile, X>, plan.blocks, gather_tile::threads, stream, 0, a, plan.source,
+                       plan.per_block, plan.vectors, plan.checks, add, invalid_rows);
+        return;
+    }
     constexpr std::int64_t most = 1 << 20;
     constexpr int vector = sum_tile::columns / 32;
     const std::int64_t columns = a.x.columns, codes = a.sums.rows;
     const std::int64_t slices = (columns - 1) / sum_tile::columns + 1;
-    const bool vectors = columns % vector == 0 && a.x.stride % vector == 0 &&
-                         reinterpret_cast<std::uintptr_t>(a.x.data) % (vector * sizeof(X)) == 0;
+    const bool vectors = kernel::has_vectors<vector>(a.x);
     std::int64_t first = 0;
     do {  // once at least: an empty batch still writes counts and sums
         const std::int64_t count = std::min(m.slice, a.x.rows - first);
         const bool onto = add || first > 0;
         const sort_plan plan(m.slice, codes);
-        kernel::row_source source;
-        source.first_row = first;
-        source.count = count;
-        source.codes = a.codes;
-        source.weights = a.weights;
-        source.distances = from.distances;
-        source.code_count = codes;
+        kernel::row_source source = rows_of(a.codes, a.weights, from, codes, first, count);
         int into = 0;
         if (count > 0 && slices > 1 && !from.trusted) {
             detail::launch(kernel::list_finite_rows<X>, detail::blocks_for(count, 8, most), 256, stream, 0, a.x, source,

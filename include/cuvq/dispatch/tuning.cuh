@@ -58,4 +58,25 @@ struct sum_tile {
     }
 };
 
+/// `kernel/gather.cuh`: a block looks through the codes of `window` rows at a time and sums those of its own codes.
+/// Otherwise as `sum_tile`.
+struct gather_tile {
+    static constexpr int threads = 256;
+    static constexpr int blocks = 2;
+    static constexpr int columns = 128;
+    static constexpr int window = 4096;
+    static constexpr int most_codes = 8;    // of a block
+    static constexpr int most_sums = 1024;  // codes of a block times D
+
+    /// Codes of a block: all multiprocessors of a large card have one block at least.
+    static constexpr long long codes(long long codes, long long dimensions) {
+        const long long room = most_sums / dimensions, wanted = (codes + 131) / 132;
+        const long long most = room < most_codes ? room : most_codes;
+        return wanted < most ? wanted : most;
+    }
+    static constexpr bool serves(long long rows, long long, long long dimensions) {
+        return rows <= 8192 && dimensions <= most_sums;
+    }
+};
+
 }  // namespace cuvq

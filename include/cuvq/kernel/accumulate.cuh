@@ -116,75 +116,61 @@ struct segment_sum {
     }
 };
 
-/// Sums of the segments of every run: whole codes to `counts` and `sums`, parts of codes to the partial sums. A block
-/// takes Tile::columns columns of a run. `vectors`: rows of x can be read Columns elements at a time.
-template <class Tile, class X>
-__global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::accumulate_args<X> a, sorted_rows s,
-                                                                        bool vectors, bool add,
-                                                                        unsigned long long* invalid_rows) {
+/// Rows of one code in a row, as a block has them: a column a thread.
+struct open_segment {
+    std::uint32_t code;
+    double sum = 0;    // of column threadIdx.x of the slice, if it has one
+    double count = 0;  // of weights; every thread has it
+};
+
+/// Shared memory of `sum_segments`: of each warp's rows, the segment that holds the first, and the last, if another.
+template <class Tile>
+struct segment_storage {
+    double sum[Tile::threads / 32][2][Tile::columns];
+    double count[Tile::threads / 32][2];
+    std::uint32_t code[Tile::threads / 32][2];  // none: no such segment
+};
+
+/// A block sums rows begin .. end - 1 of a list, sorted by code: columns slice .. slice + Tile::columns - 1 of each,
+/// segment by segment, in an order that depends on begin, end and `most` alone.
+///
+/// @param most      rows of a warp at a time.
+/// @param row_at    (i) -> coded_row, of the list.
+/// @param emit_warp (code, sum[columns of this lane], count): called by one warp where a whole segment lies within its
+///                  rows.
+/// @param emit      (open_segment): called by the block where another segment ends that is not the last.
+/// @param left_out  of this warp: rows that are not finite, which are not added, get counted.
+/// Returns the last segment. Ends with a barrier. `begin` < `end`.
+template <class Tile, class X, class RowAt, class EmitWarp, class Emit>
+__device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail::accumulate_args<X>& a,
+                                     std::int64_t first_row, std::int64_t slice, bool vectors, std::int64_t begin,
+                                     std::int64_t end, int most, unsigned& left_out, const RowAt& row_at,
+                                     const EmitWarp& emit_warp, const Emit& emit) {
     constexpr int warps = Tile::threads / 32, columns_per_lane = Tile::columns / 32, batch = most_float_rows;
     static_assert(Tile::threads >= Tile::columns, "a thread of the block merges a column");
-    __shared__ double shared_sum[warps][2][Tile::columns];  // as partial_sums, of the rows of a warp
-    __shared__ double shared_count[warps][2];
-    __shared__ std::uint32_t shared_code[warps][2];  // none: no such segment
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const std::int64_t columns = a.x.columns, slices = (columns - 1) / Tile::columns + 1;
-    const std::int64_t run = blockIdx.x / slices, slice = blockIdx.x % slices * Tile::columns;
-    const std::int64_t first = slice + lane * columns_per_lane;  // column of this lane
-    const std::int64_t count = *s.count, begin = run * s.run;
-    const std::int64_t end = begin + s.run < count ? begin + s.run : count;
-    if (invalid_rows && blockIdx.x == 0 && threadIdx.x == 0)
-        atomicAdd(invalid_rows, static_cast<unsigned long long>(s.slice_rows - count));
-    if (begin >= end) return;
-    unsigned left_out = 0;
-
-    // The segment that the block is at, a column a thread.
-    const bool merges = threadIdx.x < Tile::columns && slice + threadIdx.x < columns;
-    std::uint32_t open_code = s.rows[begin].code;
-    bool opens = true;  // it holds the first row of the run
-    const bool starts_before = begin > 0 && s.rows[begin - 1].code == open_code;
-    double open_sum = 0, open_count = 0;
-    const auto close = [&](bool goes_on) {
-        const bool continues = opens && starts_before;
-        if (continues || goes_on) {
-            const std::int64_t slot = 2 * run + (opens ? 0 : 1);
-            if (merges) s.partial_sums[slot * columns + slice + threadIdx.x] = open_sum;
-            if (threadIdx.x == 0 && slice == 0) {
-                s.partial_counts[slot] = open_count;
-                if (!goes_on) s.last_run[open_code] = static_cast<std::uint32_t>(run);
-            }
-        } else {
-            if (merges) put(a.sums.row(open_code)[slice + threadIdx.x], open_sum, add);
-            if (threadIdx.x == 0 && slice == 0) put(a.counts[open_code], open_count, add);
-        }
-        opens = false;
-    };
-
-    const int most = static_cast<int>(s.run / warps < Tile::rows_per_warp ? s.run / warps : Tile::rows_per_warp);
+    const std::int64_t columns = a.x.columns, first = slice + lane * columns_per_lane;  // column of this lane
+    open_segment open{row_at(begin).code};
     for (std::int64_t round = begin; round < end; round += warps * most) {
         const std::int64_t own_begin = round + warp * most;
         const std::int64_t own_end = own_begin + most < end ? own_begin + most : end;
         segment_sum<columns_per_lane> segment;
         std::uint32_t code = coded_row::none;
         bool is_first = true;
-        // What ends within the rows of a warp, but did not start with them, is a whole code.
+        // What ends within the rows of a warp, but did not start with them, is a whole segment.
         const auto flush = [&](bool is_last) {
             if (is_first || is_last) {
                 const int slot = is_first ? 0 : 1;
 #pragma unroll
                 for (int c = 0; c < columns_per_lane; ++c)
-                    shared_sum[warp][slot][lane * columns_per_lane + c] = segment.sum[c];
+                    shared.sum[warp][slot][lane * columns_per_lane + c] = segment.sum[c];
                 if (lane == 0) {
-                    shared_count[warp][slot] = segment.count;
-                    shared_code[warp][slot] = code;
-                    if (is_first) shared_code[warp][1] = coded_row::none;
+                    shared.count[warp][slot] = segment.count;
+                    shared.code[warp][slot] = code;
+                    if (is_first) shared.code[warp][1] = coded_row::none;
                 }
             } else {
-                float* to = a.sums.row(code);
-#pragma unroll
-                for (int c = 0; c < columns_per_lane; ++c)
-                    if (first + c < columns) put(to[first + c], segment.sum[c], add);
-                if (lane == 0 && slice == 0) put(a.counts[code], segment.count, add);
+                emit_warp(code, segment.sum, segment.count);
             }
             is_first = false;
 #pragma unroll
@@ -192,52 +178,49 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::
             segment.count = 0;
         };
         // The rows of lanes from .. to - 1 again, after float overflowed or a row turned out not to be finite: those
-        // are left out, the others added in double. Returns how many are left out.
-        const auto add_one_by_one = [&](segment_sum<columns_per_lane>& to_sum, const coded_row& rows, float weights,
-                                        int from, int to) {
-            unsigned bad = 0;
+        // are left out, the others added in double.
+        const auto add_one_by_one = [&](const coded_row& mine, float own_weight, int from, int to) {
 #pragma unroll
-            for (int c = 0; c < columns_per_lane; ++c) to_sum.part[c] = 0;
+            for (int c = 0; c < columns_per_lane; ++c) segment.part[c] = 0;
 #pragma unroll 1
             for (int j = from; j < to; ++j) {
-                const std::uint32_t row = __shfl_sync(0xFFFFFFFFu, rows.row, j);
-                const float weight = __shfl_sync(0xFFFFFFFFu, weights, j);
+                const std::uint32_t row = __shfl_sync(0xFFFFFFFFu, mine.row, j);
+                const float weight = __shfl_sync(0xFFFFFFFFu, own_weight, j);
                 float value[1][columns_per_lane];
-                read_rows(value, {a.x.row(s.first_row + row)}, first, columns, vectors);
+                read_rows(value, {a.x.row(first_row + row)}, first, columns, vectors);
                 bool finite = true;
 #pragma unroll
                 for (int c = 0; c < columns_per_lane; ++c) finite = finite && isfinite(value[0][c]);
                 if (__all_sync(0xFFFFFFFFu, finite)) {
 #pragma unroll
                     for (int c = 0; c < columns_per_lane; ++c)
-                        to_sum.sum[c] += static_cast<double>(weight) * static_cast<double>(value[0][c]);
+                        segment.sum[c] += static_cast<double>(weight) * static_cast<double>(value[0][c]);
                 } else {
-                    to_sum.count -= weight;
-                    ++bad;
+                    segment.count -= weight;
+                    ++left_out;
                 }
             }
-            return bad;
         };
-        coded_row next{coded_row::none, 0};
-        if (own_begin + lane < own_end) next = s.rows[own_begin + lane];
+        const auto load = [&](std::int64_t i) { return i < own_end ? row_at(i) : coded_row{coded_row::none, 0}; };
+        coded_row next = load(own_begin + lane);
         if (own_begin < own_end) code = __shfl_sync(0xFFFFFFFFu, next.code, 0);
         for (std::int64_t at = own_begin; at < own_end; at += 32) {
             const coded_row mine = next;
             const bool valid = at + lane < own_end;
             float own_weight = 1;
-            if (a.weights && valid) own_weight = a.weights[s.first_row + mine.row];
-            next = at + 32 + lane < own_end ? s.rows[at + 32 + lane] : coded_row{coded_row::none, 0};
+            if (a.weights && valid) own_weight = a.weights[first_row + mine.row];
+            next = load(at + 32 + lane);
             std::uint32_t before = __shfl_up_sync(0xFFFFFFFFu, mine.code, 1);
             if (lane == 0) before = code;
             const unsigned starts = __ballot_sync(0xFFFFFFFFu, valid && mine.code != before);
             const int here = own_end - at < 32 ? static_cast<int>(own_end - at) : 32;
             for (int j0 = 0; j0 < here; j0 += batch) {
-                // Beyond `here`, row 0 of the slice is read, and not used.
+                // Beyond `here`, row 0 is read, and not used.
                 const X* row[batch];
                 float value[batch][columns_per_lane];
 #pragma unroll
                 for (int j = 0; j < batch; ++j)
-                    row[j] = a.x.row(s.first_row + __shfl_sync(0xFFFFFFFFu, mine.row, j0 + j));
+                    row[j] = a.x.row(first_row + __shfl_sync(0xFFFFFFFFu, mine.row, j0 + j));
                 read_rows(value, row, first, columns, vectors);
                 const int in_batch = here - j0 < batch ? here - j0 : batch;
                 unsigned marks = starts >> j0 & ((1u << in_batch) - 1);
@@ -262,7 +245,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::
                     if (segment.is_sound())
                         segment.fold();
                     else
-                        left_out += add_one_by_one(segment, mine, own_weight, j0 + from, j0 + to);
+                        add_one_by_one(mine, own_weight, j0 + from, j0 + to);
                     from = to;
                 }
             }
@@ -270,24 +253,81 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::
         if (own_begin < own_end)
             flush(true);
         else if (lane == 0)
-            shared_code[warp][0] = shared_code[warp][1] = coded_row::none;
+            shared.code[warp][0] = shared.code[warp][1] = coded_row::none;
         __syncthreads();
         for (int w = 0; w < warps; ++w) {
             for (int part = 0; part < 2; ++part) {
-                const std::uint32_t next_code = shared_code[w][part];
+                const std::uint32_t next_code = shared.code[w][part];
                 if (next_code == coded_row::none) continue;
-                if (next_code != open_code) {
-                    close(false);
-                    open_code = next_code;
-                    open_sum = open_count = 0;
+                if (next_code != open.code) {
+                    emit(open);
+                    open = {next_code};
                 }
-                if (merges) open_sum += shared_sum[w][part][threadIdx.x];
-                open_count += shared_count[w][part];
+                if (threadIdx.x < Tile::columns) open.sum += shared.sum[w][part][threadIdx.x];
+                open.count += shared.count[w][part];
             }
         }
         __syncthreads();
     }
-    close(end < count && s.rows[end].code == open_code);
+    return open;
+}
+
+/// Whether x can be read by vectors of `Columns` elements.
+template <int Columns, class X>
+bool has_vectors(const matrix_ref<const X>& x) {
+    return x.columns % Columns == 0 && x.stride % Columns == 0 &&
+           reinterpret_cast<std::uintptr_t>(x.data) % (Columns * sizeof(X)) == 0;
+}
+
+/// Sums of the segments of every run: whole codes to `counts` and `sums`, parts of codes to the partial sums. A block
+/// takes Tile::columns columns of a run. `vectors`: see `has_vectors`, of the columns of a lane.
+template <class Tile, class X>
+__global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::accumulate_args<X> a, sorted_rows s,
+                                                                        bool vectors, bool add,
+                                                                        unsigned long long* invalid_rows) {
+    constexpr int warps = Tile::threads / 32, columns_per_lane = Tile::columns / 32;
+    __shared__ segment_storage<Tile> storage;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const std::int64_t columns = a.x.columns, slices = (columns - 1) / Tile::columns + 1;
+    const std::int64_t run = blockIdx.x / slices, slice = blockIdx.x % slices * Tile::columns;
+    const std::int64_t count = *s.count, begin = run * s.run;
+    const std::int64_t end = begin + s.run < count ? begin + s.run : count;
+    if (invalid_rows && blockIdx.x == 0 && threadIdx.x == 0)
+        atomicAdd(invalid_rows, static_cast<unsigned long long>(s.slice_rows - count));
+    if (begin >= end) return;
+
+    const std::int64_t column = slice + threadIdx.x;
+    const bool has_column = threadIdx.x < Tile::columns && column < columns;
+    const bool starts_before = begin > 0 && s.rows[begin - 1].code == s.rows[begin].code;
+    bool opens = true;  // the segment holds the first row of the run
+    const auto close = [&](const open_segment& segment, bool goes_on) {
+        if ((opens && starts_before) || goes_on) {
+            const std::int64_t slot = 2 * run + (opens ? 0 : 1);
+            if (has_column) s.partial_sums[slot * columns + column] = segment.sum;
+            if (threadIdx.x == 0 && slice == 0) {
+                s.partial_counts[slot] = segment.count;
+                if (!goes_on) s.last_run[segment.code] = static_cast<std::uint32_t>(run);
+            }
+        } else {
+            if (has_column) put(a.sums.row(segment.code)[column], segment.sum, add);
+            if (threadIdx.x == 0 && slice == 0) put(a.counts[segment.code], segment.count, add);
+        }
+        opens = false;
+    };
+
+    unsigned left_out = 0;
+    const int most = static_cast<int>(s.run / warps < Tile::rows_per_warp ? s.run / warps : Tile::rows_per_warp);
+    const open_segment last = sum_segments(
+        storage, a, s.first_row, slice, vectors, begin, end, most, left_out, [&](std::int64_t i) { return s.rows[i]; },
+        [&](std::uint32_t code, const double(&sum)[columns_per_lane], double weights) {
+            const std::int64_t first = slice + lane * columns_per_lane;
+#pragma unroll
+            for (int c = 0; c < columns_per_lane; ++c)
+                if (first + c < columns) put(a.sums.row(code)[first + c], sum[c], add);
+            if (lane == 0 && slice == 0) put(a.counts[code], weights, add);
+        },
+        [&](const open_segment& segment) { close(segment, false); });
+    close(last, end < count && s.rows[end].code == last.code);
     if (invalid_rows && left_out > 0 && slice == 0 && lane == 0)
         atomicAdd(invalid_rows, static_cast<unsigned long long>(left_out));
 }
