@@ -69,7 +69,7 @@ void update(const update_args<T, X>& a, const ema_params& p, const dispatch::pro
     const accumulate_args<X> batch{a.x, a.codes, a.weights, {m.counts, codes}, {m.sums, codes, columns, columns}};
     const ema_args<T, X> apply{a.state, read_only(batch.counts), read_only(batch.sums), a.x, a.replacement_indices};
     m.tally.clear(stream);
-    if (gather_tile::serves(a.x.rows, codes, columns) && !dispatch::needs_total(p)) {
+    if (gather_shapes::include(a.x.rows, columns) && !dispatch::needs_total(p)) {
         dispatch::ema_update_gathered(batch, apply, p, from, p.stats ? m.counts : nullptr, m.tally.invalid_rows(),
                                       m.tally.ema(), stream);
         return;

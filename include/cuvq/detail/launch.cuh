@@ -78,4 +78,33 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cu
     CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 }
 
+/// Whether `kernel` has code for Hopper or later cards, and so runs on one: launch_dependent is for such kernels only.
+template <class... Parameters>
+bool is_for_hopper(void (*kernel)(Parameters...)) {
+    cudaFuncAttributes attributes;
+    CUVQ_CHECK_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion >= 90;
+}
+
+/// As `launch`, in clusters of `cluster` blocks, and without waiting for the kernel before it on the stream: this one
+/// must do so itself before it touches memory (kernel::wait_for_predecessor).
+template <class... Parameters, class... Arguments>
+void launch_dependent(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+                      std::size_t shared_bytes, unsigned cluster, Arguments&&... arguments) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.stream = stream;
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = attributes;
+    config.numAttrs = cluster > 1 ? 2 : 1;
+    CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
+}
+
 }  // namespace cuvq::detail

@@ -76,7 +76,7 @@ struct accumulate_scratch {
 
     accumulate_scratch(detail::carver& c, const shape& s)
         : slice(std::min(s.vectors, most_slice_rows)), run(sum_tile::rows(slice, s.codes, s.dimensions)) {
-        if (gather_tile::serves(s.vectors, s.codes, s.dimensions)) return;  // needs none
+        if (gather_shapes::include(s.vectors, s.dimensions)) return;  // needs none
         const sort_plan plan(slice, s.codes);
         rows[0] = c.take<kernel::coded_row>(slice);
         if (plan.passes > 1 || s.dimensions > sum_tile::columns) rows[1] = c.take<kernel::coded_row>(slice);
@@ -124,19 +124,30 @@ inline kernel::row_source rows_of(const const_codes_ref& codes, const vector_ref
     return source;
 }
 
-/// The launch that sums a small batch.
+/// The launch that sums a small batch, for either tile.
 struct gather_plan {
     kernel::row_source source;
-    unsigned blocks = 0, per_block = 0;
+    unsigned per_block = 0;
     bool vectors = false, checks = false;
 
     template <class X>
     gather_plan(const detail::accumulate_args<X>& a, const provenance& from)
         : source(rows_of(a.codes, a.weights, from, a.sums.rows, 0, a.x.rows)),
-          per_block(static_cast<unsigned>(gather_tile::codes(a.sums.rows, a.x.columns))),
-          vectors(kernel::has_vectors<gather_tile::columns / 32>(a.x)),
-          checks(a.x.columns > gather_tile::columns && !from.trusted) {
-        blocks = static_cast<unsigned>((a.sums.rows - 1) / per_block + 1);
+          per_block(static_cast<unsigned>(gather_shapes::codes(a.sums.rows, a.x.columns))),
+          vectors(kernel::has_vectors<gather_tile<1>::columns / 32>(a.x)),
+          checks(a.x.columns > gather_tile<1>::columns && !from.trusted) {}
+
+    /// Launches the kernel in clusters where the card has them: `in_clusters` and `alone` are it with either tile.
+    template <class... Parameters, class... Arguments>
+    static void launch(std::int64_t codes, unsigned per_block, void (*in_clusters)(Parameters...),
+                       void (*alone)(Parameters...), cudaStream_t stream, const Arguments&... arguments) {
+        constexpr unsigned cluster = 8, threads = gather_tile<cluster>::threads;
+        const std::int64_t blocks = (codes - 1) / per_block + 1;
+        if (detail::is_for_hopper(in_clusters))
+            detail::launch_dependent(in_clusters, static_cast<unsigned>((blocks - 1) / cluster + 1) * cluster, threads,
+                                     stream, 0, cluster, arguments...);
+        else
+            detail::launch(alone, static_cast<unsigned>(blocks), threads, stream, 0, arguments...);
     }
 };
 
@@ -144,10 +155,10 @@ struct gather_plan {
 template <class X>
 void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance& from, const accumulate_scratch& m,
                 unsigned long long* invalid_rows, cudaStream_t stream) {
-    if (gather_tile::serves(a.x.rows, a.sums.rows, a.x.columns)) {
+    if (gather_shapes::include(a.x.rows, a.x.columns)) {
         const gather_plan plan(a, from);
-        detail::launch(kernel::gather<gather_tile, X>, plan.blocks, gather_tile::threads, stream, 0, a, plan.source,
-                       plan.per_block, plan.vectors, plan.checks, add, invalid_rows);
+        plan.launch(a.sums.rows, plan.per_block, kernel::gather<gather_tile<8>, X>, kernel::gather<gather_tile<1>, X>,
+                    stream, a, plan.source, plan.per_block, plan.vectors, plan.checks, add, invalid_rows);
         return;
     }
     constexpr std::int64_t most = 1 << 20;

@@ -48,16 +48,16 @@ void ema_apply(const detail::ema_args<T, R>& a, const ema_params& p, const ema_s
                    step, needs_total(p) ? m.parts : nullptr, tally);
 }
 
-/// accumulate and ema_apply of a batch that `gather_tile` serves, in one launch, where no total is needed.
+/// accumulate and ema_apply of a batch of `gather_shapes`, in one launch, where no total is needed.
 /// @param counts  [K] gets the counts, or null.
 template <class T, class X>
 void ema_update_gathered(const detail::accumulate_args<X>& a, const detail::ema_args<T, X>& update, const ema_params& p,
                          const provenance& from, float* counts, unsigned long long* invalid_rows,
                          const kernel::ema_tally& tally, cudaStream_t stream) {
     const gather_plan plan(a, from);
-    detail::launch(kernel::ema_update_gathered<gather_tile, T, X>, plan.blocks, gather_tile::threads, stream, 0, a,
-                   plan.source, update, p, ema_step_of(p), plan.per_block, plan.vectors, plan.checks, counts,
-                   invalid_rows, tally);
+    plan.launch(a.sums.rows, plan.per_block, kernel::ema_update_gathered<gather_tile<8>, T, X>,
+                kernel::ema_update_gathered<gather_tile<1>, T, X>, stream, a, plan.source, update, p, ema_step_of(p),
+                plan.per_block, plan.vectors, plan.checks, counts, invalid_rows, tally);
 }
 
 }  // namespace cuvq::dispatch

@@ -58,24 +58,32 @@ struct sum_tile {
     }
 };
 
-/// `kernel/gather.cuh`: a block looks through the codes of `window` rows at a time and sums those of its own codes.
-/// Otherwise as `sum_tile`.
+/// `kernel/gather.cuh`: `cluster` blocks look through the codes of `rows` rows each at a time, and sum those of their
+/// `most_codes` codes each. Otherwise as `sum_tile`.
+template <int Cluster>
 struct gather_tile {
     static constexpr int threads = 256;
     static constexpr int blocks = 2;
     static constexpr int columns = 128;
-    static constexpr int window = 4096;
+    static constexpr int cluster = Cluster;
+    static constexpr int rows = 1024;
     static constexpr int most_codes = 8;    // of a block
     static constexpr int most_sums = 1024;  // codes of a block times D
+};
 
-    /// Codes of a block: all multiprocessors of a large card have one block at least.
-    static constexpr long long codes(long long codes, long long dimensions) {
-        const long long room = most_sums / dimensions, wanted = (codes + 131) / 132;
-        const long long most = room < most_codes ? room : most_codes;
-        return wanted < most ? wanted : most;
+/// The shapes that are summed by `gather_tile`, in one launch.
+struct gather_shapes {
+    static constexpr long long most_rows = 32768;
+    static constexpr long long most_columns = gather_tile<1>::most_sums;
+
+    static constexpr bool include(long long rows, long long dimensions) {
+        return rows <= most_rows && dimensions <= most_columns;
     }
-    static constexpr bool serves(long long rows, long long, long long dimensions) {
-        return rows <= 8192 && dimensions <= most_sums;
+    /// Codes of a block: few enough that all multiprocessors of a large card have a block.
+    static constexpr long long codes(long long codes, long long dimensions) {
+        const long long room = gather_tile<1>::most_sums / dimensions, wanted = (codes + 127) / 128;
+        const long long most = room < gather_tile<1>::most_codes ? room : gather_tile<1>::most_codes;
+        return wanted < most ? wanted : most;
     }
 };
 

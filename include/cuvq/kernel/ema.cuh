@@ -12,7 +12,7 @@
 
 namespace cuvq::kernel {
 
-/// While `ema_apply` runs, the bits of the step counter from here up count the blocks that are done: the last one
+/// While an update runs, the bits of the step counter from here up count the blocks that have come: the last one
 /// finds itself so without scratch memory that somebody would have to clear first.
 inline constexpr int step_bits = 48;
 inline constexpr unsigned long long step_mask = (1ull << step_bits) - 1;
@@ -21,20 +21,13 @@ inline constexpr std::int64_t most_ema_blocks = 8192;  // fits above step_bits
 /// Blocks of `sum_sizes`, each leaving one partial total.
 inline constexpr int total_parts = 128;
 
-__device__ inline std::int64_t read_step(const std::int64_t* step) {
-    const auto raw = *reinterpret_cast<const volatile unsigned long long*>(step);
-    return static_cast<std::int64_t>(raw & step_mask);
-}
-
-/// The last block to come here advances the step counter. Every block comes once, after its last read of it.
-__device__ inline void finish_step(std::int64_t* counter_of_steps, std::int64_t step) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        auto* counter = reinterpret_cast<unsigned long long*>(counter_of_steps);
-        const unsigned long long before = atomicAdd(counter, 1ull << step_bits);
-        if (before >> step_bits == gridDim.x - 1)
-            *reinterpret_cast<volatile unsigned long long*>(counter) = static_cast<unsigned long long>(step) + 1;
-    }
+/// The number of updates before this one, and the step counter on its way to the next: each block calls this once, by
+/// one thread. The last block to come advances the counter, when all others have what they need of it.
+__device__ inline std::int64_t take_step(std::int64_t* step) {
+    auto* counter = reinterpret_cast<unsigned long long*>(step);
+    const unsigned long long before = atomicAdd(counter, 1ull << step_bits), own = before & step_mask;
+    if (before >> step_bits == gridDim.x - 1) *reinterpret_cast<volatile unsigned long long*>(counter) = own + 1;
+    return static_cast<std::int64_t>(own);
 }
 
 /// Counters of codes that an update adds to, or null.
@@ -42,6 +35,18 @@ struct ema_tally {
     unsigned long long* restarted = nullptr;
     unsigned long long* skipped = nullptr;
 };
+
+/// Reads what the update of code k will, so that it is at hand by then. Whole warp.
+template <class T>
+__device__ void touch_code(const state_ref<T>& state, std::int64_t k) {
+    const auto touch = [](const void* p) {
+        unsigned ignored;
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(ignored) : "l"(p));
+    };
+    for (std::int64_t d = threadIdx.x % 32; d < state.embed_sum.columns; d += 32) touch(state.embed_sum.row(k) + d);
+    if (threadIdx.x % 32 == 0) touch(&state.cluster_size[k]);
+    if (threadIdx.x % 32 == 1) touch(&state.steps_since_active[k]);
+}
 
 /// All that happens to code k. Whole warp, converged.
 template <class T, class R>
@@ -81,13 +86,16 @@ __global__ __launch_bounds__(Threads) void sum_sizes(detail::ema_args<T, R> a, e
 template <int Threads, class T, class R>
 __global__ __launch_bounds__(Threads) void ema_apply(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
                                                      const double* parts, ema_tally tally) {
-    e.step = read_step(a.state.step);
+    __shared__ std::int64_t shared_step;
+    if (threadIdx.x == 0) shared_step = take_step(a.state.step);
+    const std::int64_t first = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32;
+    if (first < a.counts.size) touch_code(a.state, first);
     if (parts)
         for (int i = 0; i < total_parts; ++i) e.total += parts[i];
-    for (std::int64_t k = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32; k < a.counts.size;
-         k += std::int64_t{gridDim.x} * (Threads / 32))
+    __syncthreads();
+    e.step = shared_step;
+    for (std::int64_t k = first; k < a.counts.size; k += std::int64_t{gridDim.x} * (Threads / 32))
         update_code(a, p, e, k, tally);
-    finish_step(a.state.step, e.step);
 }
 
 /// `gather` and `ema_apply` of a small batch, where no total is needed. A block takes `per_block` codes, then a warp a
@@ -97,28 +105,34 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
     detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p, device::ema_step e,
     unsigned per_block, bool vectors, bool checks, float* counts, unsigned long long* invalid_rows, ema_tally tally) {
     __shared__ gather_storage<Tile> shared;
-    e.step = read_step(update.state.step);
-    const std::int64_t first = std::int64_t{blockIdx.x} * per_block, codes = update.state.codebook.rows;
-    const auto own = static_cast<unsigned>(codes - first < per_block ? codes - first : per_block);
-    gather_codes(shared, a, source, first, own, vectors, checks, invalid_rows);
+    __shared__ std::int64_t shared_step;
+    wait_for_predecessor();
+    const std::int64_t all_codes = update.state.codebook.rows;
+    const auto codes = gathered_codes::of<Tile>(all_codes, per_block);
+    const std::int64_t first = codes.first + codes.own;
+    const int columns = static_cast<int>(a.x.columns);
+    if (threadIdx.x == Tile::threads - 1) shared_step = take_step(update.state.step);
+    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32)
+        touch_code(update.state, first + c);
+    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
 
     // The sums again, as float, where the update looks for them.
-    const int columns = static_cast<int>(a.x.columns);
     auto* sums = reinterpret_cast<float*>(shared.segments.sum);
     static_assert(sizeof(shared.segments.sum) >= (Tile::most_sums + Tile::most_codes) * sizeof(float), "");
     float* sizes = sums + Tile::most_sums;
-    for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(own) * columns; i += Tile::threads)
+    for (unsigned i = threadIdx.x; i < codes.own_count * columns; i += Tile::threads)
         sums[i] = static_cast<float>(shared.sum[i]);
-    if (threadIdx.x < own) {
+    if (threadIdx.x < codes.own_count) {
         sizes[threadIdx.x] = static_cast<float>(shared.count[threadIdx.x]);
         if (counts) counts[first + threadIdx.x] = sizes[threadIdx.x];
     }
     __syncthreads();
-    update.counts = {sizes - first, codes};
-    update.sums = {sums - first * columns, codes, columns, columns};
-    for (unsigned c = threadIdx.x / 32; c < own; c += Tile::threads / 32)
+    e.step = shared_step;
+    update.counts = {sizes - first, all_codes};
+    update.sums = {sums - first * columns, all_codes, columns, columns};
+    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32)
         update_code(update, p, e, first + c, tally);
-    finish_step(update.state.step, e.step);
+    cluster<Tile::cluster>::wait();
 }
 
 }  // namespace cuvq::kernel

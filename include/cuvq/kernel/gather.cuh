@@ -1,7 +1,8 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// Counts and sums of a small batch in one launch: a block looks through the codes of all rows for those of its own few
-// codes, lists their rows in order in shared memory, and sums them there. Work grows with N K / codes per block, so
+// Counts and sums of a small batch in one launch. Each cluster of blocks has a few codes of its own. Its blocks look
+// through the codes of all rows, a part each, list those of the cluster by code and in order, and sum equal parts of
+// that list, so that a code with many rows is the work of all of them. Looking through the codes grows with N K, so
 // this is for batches of a few thousand rows.
 #pragma once
 
@@ -11,160 +12,238 @@
 
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/kernel/accumulate.cuh>
+#include <cuvq/kernel/hopper.cuh>
 #include <cuvq/kernel/sort_rows.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::kernel {
 
-/// Shared memory of `gather_codes`.
+/// Shared memory of `gather_codes`. Codes are counted from the first of the cluster, list positions from the first of
+/// the cluster's list.
 template <class Tile>
 struct gather_storage {
     static constexpr int warps = Tile::threads / 32;
+    static constexpr int most_codes = Tile::most_codes * Tile::cluster;  // of a cluster
 
     segment_storage<Tile> segments;
-    double sum[Tile::most_sums];           // [codes of the block][D]
-    double count[Tile::most_codes];        // of weights
-    std::uint16_t listed[Tile::window];    // rows of the window by code, then in order: own code * window + row
-    std::uint32_t place[warps][Tile::most_codes];  // where the next row of a warp with that code goes
-    std::uint32_t length;
+    double sum[Tile::most_sums];          // [codes of the block][D]
+    double count[Tile::most_codes];       // [codes of the block] of weights
+    double part_sum[2][Tile::columns];    // of the first and the last code of the block's part of the list, where
+    double part_count[2];                 // others have rows of them too
+    coded_row listed[Tile::rows];         // the block's part of the list
+    std::uint32_t place[warps][most_codes];  // rows that a warp has found; then their place among the block's
+    std::uint32_t found[most_codes];      // rows that the block has found
+    std::uint32_t base[most_codes];       // list position of the first of them
+    std::uint32_t start[most_codes + 1];  // list position of a code's first row
 };
 
-/// Takes the rows that hold a NaN or Inf out of the list of `length` rows; returns how many are left. A warp a row.
-template <class Tile, class X>
-__device__ int keep_finite_rows(gather_storage<Tile>& shared, const matrix_ref<const X>& x, std::int64_t window,
-                                int length, unsigned& left_out) {
-    constexpr unsigned marked = 0x8000;
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    bool found = false;
-    for (int i = warp; i < length; i += Tile::threads / 32) {
-        const unsigned listed = shared.listed[i];
-        bool finite = true;
-        for (std::int64_t d = lane; d < x.columns; d += 32)
-            finite = finite && isfinite(static_cast<float>(x.row(window + listed % Tile::window)[d]));
-        if (__all_sync(0xFFFFFFFFu, finite)) continue;
-        found = true;
-        ++left_out;
-        if (lane == 0) shared.listed[i] = static_cast<std::uint16_t>(listed | marked);
-    }
-    if (!__syncthreads_or(found)) return length;
-    if (warp == 0) {
-        int kept = 0;
-        for (int i = 0; i < length; i += 32) {
-            const unsigned listed = i + lane < length ? shared.listed[i + lane] : marked;
-            const unsigned keeps = __ballot_sync(0xFFFFFFFFu, !(listed & marked));
-            if (!(listed & marked))
-                shared.listed[kept + __popc(keeps & ((1u << lane) - 1))] = static_cast<std::uint16_t>(listed);
-            kept += __popc(keeps);
-            __syncwarp();
-        }
-        if (lane == 0) shared.length = static_cast<std::uint32_t>(kept);
-    }
-    __syncthreads();
-    return static_cast<int>(shared.length);
-}
+/// The codes of a cluster, and those of one of its blocks.
+struct gathered_codes {
+    std::int64_t first;      // of the cluster
+    unsigned count;          // of the cluster
+    unsigned per_block;
+    unsigned own, own_count;  // of this block: the first, counted from the cluster's, and their number
 
-/// A block sums the rows of codes first_code .. first_code + code_count - 1 into shared.sum and shared.count, window by
-/// window of the batch. `checks`: rows that hold a NaN or Inf are looked for before summing, since a slice may not see
-/// all of a row; where there is one slice, summing finds them. `invalid_rows`: null, or gets the rows without a code
-/// (from block 0) and those not finite added.
+    template <class Tile>
+    static __device__ gathered_codes of(std::int64_t codes, unsigned per_block) {
+        gathered_codes g;
+        const unsigned most = per_block * Tile::cluster;
+        g.first = std::int64_t{blockIdx.x / Tile::cluster} * most;
+        g.count = static_cast<unsigned>(codes - g.first < most ? codes - g.first : most);
+        g.per_block = per_block;
+        g.own = blockIdx.x % Tile::cluster * per_block;
+        g.own_count = g.count <= g.own ? 0 : g.count - g.own < per_block ? g.count - g.own : per_block;
+        return g;
+    }
+};
+
+/// Sums the rows of the block's codes into shared.sum and shared.count. `checks`: rows that hold a NaN or Inf are
+/// looked for before summing, since a slice may not see all of a row; where there is one slice, summing finds them.
+/// `invalid_rows`: null, or gets the rows without a code and those not finite added. The caller ends with
+/// `cluster::wait`, once it is done with its own shared memory.
 template <class Tile, class X>
 __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
-                             const row_source& source, std::int64_t first_code, unsigned code_count, bool vectors,
-                             bool checks, unsigned long long* invalid_rows) {
-    constexpr int warps = Tile::threads / 32, per_warp = Tile::window / warps, per_lane = per_warp / 32;
-    constexpr int columns_per_lane = Tile::columns / 32;
-    static_assert(Tile::window * Tile::most_codes <= 32768, "a listed row, its code and a mark fit 16 bits");
+                             const row_source& source, const gathered_codes& codes, bool vectors, bool checks,
+                             unsigned long long* invalid_rows) {
+    using blocks = cluster<Tile::cluster>;
+    constexpr int warps = Tile::threads / 32, per_warp = Tile::rows / warps, per_lane = per_warp / 32;
+    constexpr int columns_per_lane = Tile::columns / 32, window = Tile::rows * Tile::cluster;
+    constexpr unsigned most_codes = gather_storage<Tile>::most_codes, codes_per_lane = (most_codes + 31) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int columns = static_cast<int>(a.x.columns);
-    for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(code_count) * columns; i += Tile::threads) shared.sum[i] = 0;
-    if (threadIdx.x < code_count) shared.count[threadIdx.x] = 0;
+    const unsigned rank = blocks::rank();
     unsigned left_out = 0, without = 0;
+    bool pending = false;  // other blocks may still read part_sum of this one
+    const auto settle = [&] {
+        if (pending) blocks::wait();
+        pending = false;
+    };
 
-    for (std::int64_t window = 0; window < source.count; window += Tile::window) {
-        for (int i = static_cast<int>(threadIdx.x); i < warps * Tile::most_codes; i += Tile::threads)
-            shared.place[i / Tile::most_codes][i % Tile::most_codes] = 0;
-        const std::int64_t first = window + warp * per_warp;
+    for (std::int64_t at = 0; at == 0 || at < source.count; at += window) {
+        settle();
+        for (unsigned i = threadIdx.x; i < warps * most_codes; i += Tile::threads)
+            shared.place[i / most_codes][i % most_codes] = 0;
+        if (at == 0) {
+            for (unsigned i = threadIdx.x; i < codes.own_count * columns; i += Tile::threads) shared.sum[i] = 0;
+            if (threadIdx.x < codes.own_count) shared.count[threadIdx.x] = 0;
+        }
+        const std::int64_t first = at + rank * Tile::rows + warp * per_warp;
         const std::int64_t stop = first + per_warp < source.count ? first + per_warp : source.count;
         coded_row rows[per_lane];
         source.load(first + lane, stop, rows);
-        __syncthreads();
-        unsigned own[per_lane];  // code, counted from the first of the block; others are not its own
 #pragma unroll
-        for (int i = 0; i < per_lane; ++i) {
-            own[i] = rows[i].code - static_cast<std::uint32_t>(first_code);
+        for (int i = 0; i < per_lane; ++i) {  // from here on the code counts from the first of the cluster
             if (rows[i].code == coded_row::none) {
-                own[i] = coded_row::none;
                 without += first + lane + 32 * i < stop;
+            } else {
+                rows[i].code -= static_cast<std::uint32_t>(codes.first);
+                if (rows[i].code >= codes.count) rows[i].code = coded_row::none;
             }
-            if (own[i] < code_count) atomicAdd(&shared.place[warp][own[i]], 1u);
+            if (!checks) continue;
+            for (unsigned hits = __ballot_sync(0xFFFFFFFFu, rows[i].code != coded_row::none); hits; hits &= hits - 1) {
+                const int hit = __ffs(static_cast<int>(hits)) - 1;
+                bool finite = true;
+                for (int d = lane; d < columns; d += 32)
+                    finite = finite && isfinite(static_cast<float>(a.x.row(first + 32 * i + hit)[d]));
+                if (__all_sync(0xFFFFFFFFu, finite)) continue;
+                ++left_out;
+                if (lane == hit) rows[i].code = coded_row::none;
+            }
         }
         __syncthreads();
-        if (warp == 0) {  // from numbers to places: by code, then by warp
+#pragma unroll
+        for (int i = 0; i < per_lane; ++i)
+            if (rows[i].code != coded_row::none) atomicAdd(&shared.place[warp][rows[i].code], 1u);
+        __syncthreads();
+        if (threadIdx.x < most_codes) {
             std::uint32_t total = 0;
-            if (static_cast<unsigned>(lane) < code_count) {
-                for (int w = 0; w < warps; ++w) {
-                    const std::uint32_t number = shared.place[w][lane];
-                    shared.place[w][lane] = total;
-                    total += number;
-                }
+#pragma unroll
+            for (int w = 0; w < warps; ++w) {
+                const std::uint32_t number = shared.place[w][threadIdx.x];
+                shared.place[w][threadIdx.x] = total;
+                total += number;
             }
-            std::uint32_t scan = total;
+            shared.found[threadIdx.x] = total;
+        }
+        blocks::sync();
+        if (warp == 0) {  // the list: by code, then by block
+            std::uint32_t total[codes_per_lane], before[codes_per_lane], sum = 0;
+#pragma unroll
+            for (unsigned i = 0; i < codes_per_lane; ++i) {
+                const unsigned code = lane * codes_per_lane + i;
+                total[i] = before[i] = 0;
+                if (code >= most_codes) continue;
+                std::uint32_t found[Tile::cluster];
+#pragma unroll
+                for (unsigned b = 0; b < Tile::cluster; ++b) found[b] = blocks::at(shared.found, b)[code];
+#pragma unroll
+                for (unsigned b = 0; b < Tile::cluster; ++b) {
+                    if (b < rank) before[i] += found[b];
+                    total[i] += found[b];
+                }
+                sum += total[i];
+            }
+            std::uint32_t scan = sum;
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
                 const std::uint32_t other = __shfl_up_sync(0xFFFFFFFFu, scan, step);
                 if (lane >= step) scan += other;
             }
-            if (static_cast<unsigned>(lane) < code_count)
-                for (int w = 0; w < warps; ++w) shared.place[w][lane] += scan - total;
-            if (lane == 31) shared.length = scan;
+            std::uint32_t start = scan - sum;
+#pragma unroll
+            for (unsigned i = 0; i < codes_per_lane; ++i) {
+                const unsigned code = lane * codes_per_lane + i;
+                if (code >= most_codes) continue;
+                shared.start[code] = start;
+                shared.base[code] = start + before[i];
+                start += total[i];
+            }
+            if (lane == 31) shared.start[most_codes] = scan;
         }
         __syncthreads();
+        const auto length = shared.start[most_codes];
+        // Rows of the list for each block: whole batches of a warp.
+        const unsigned part = ((length + Tile::cluster - 1) / Tile::cluster + most_float_rows - 1) / most_float_rows *
+                              most_float_rows;
 #pragma unroll
         for (int i = 0; i < per_lane; ++i) {
-            const bool is_own = own[i] < code_count;
-            if (!__any_sync(0xFFFFFFFFu, is_own)) continue;
-            const unsigned peers = __match_any_sync(0xFFFFFFFFu, is_own ? own[i] : coded_row::none);
-            const int rank = __popc(peers & ((1u << lane) - 1));
-            if (is_own) {
-                const std::uint32_t at = shared.place[warp][own[i]];
-                shared.listed[at + rank] =
-                    static_cast<std::uint16_t>(own[i] * Tile::window + (rows[i].row - static_cast<unsigned>(window)));
+            const std::uint32_t code = rows[i].code;
+            const bool listed = code != coded_row::none;
+            if (!__any_sync(0xFFFFFFFFu, listed)) continue;
+            const unsigned peers = __match_any_sync(0xFFFFFFFFu, code);
+            const int before = __popc(peers & ((1u << lane) - 1));
+            if (listed) {
+                const std::uint32_t to = shared.base[code] + shared.place[warp][code] + before;
+                *blocks::at(&shared.listed[to % part], to / part) = rows[i];
             }
             __syncwarp();
-            if (is_own && rank == 0) shared.place[warp][own[i]] += __popc(peers);
+            if (listed && before == 0) shared.place[warp][code] += __popc(peers);
             __syncwarp();
         }
-        __syncthreads();
-        int length = static_cast<int>(shared.length);
-        const auto row_at = [&](std::int64_t i) {
-            const unsigned listed = shared.listed[i];
-            return coded_row{listed / Tile::window, listed % Tile::window + static_cast<unsigned>(window)};
-        };
-        if (checks) length = keep_finite_rows(shared, a.x, window, length, left_out);
-        if (length == 0) continue;
-        const int most = ((length + warps - 1) / warps + most_float_rows - 1) / most_float_rows * most_float_rows;
-        for (int slice = 0; slice < columns; slice += Tile::columns) {
-            const auto add = [&](const open_segment& segment) {
-                const int column = slice + static_cast<int>(threadIdx.x);
-                if (threadIdx.x < Tile::columns && column < columns)
-                    shared.sum[segment.code * columns + column] += segment.sum;
-                if (threadIdx.x == 0 && slice == 0) shared.count[segment.code] += segment.count;
-            };
-            add(sum_segments(
-                shared.segments, a, 0, slice, vectors, 0, length, most, left_out, row_at,
-                [&](std::uint32_t code, const double(&sum)[columns_per_lane], double weights) {
-                    const int column = slice + lane * columns_per_lane;
+        blocks::sync();
+        const unsigned begin = rank * part;
+        const int own_length = length <= begin ? 0 : static_cast<int>(length - begin < part ? length - begin : part);
+        const int most = ((own_length + warps - 1) / warps + most_float_rows - 1) / most_float_rows * most_float_rows;
+        for (int slice = 0; slice < columns && length > 0; slice += Tile::columns) {
+            settle();
+            const int column = slice + static_cast<int>(threadIdx.x);
+            const bool has_column = threadIdx.x < Tile::columns && column < columns;
+            if (own_length > 0) {
+                bool opens = true;  // the segment holds the first row of the block's part
+                const auto add = [&](const open_segment& segment) {
+                    const unsigned code = segment.code;
+                    if (shared.start[code] >= begin && shared.start[code + 1] <= begin + own_length) {
+                        const unsigned owner = code / codes.per_block, own_code = code % codes.per_block;
+                        if (has_column) *blocks::at(&shared.sum[own_code * columns + column], owner) += segment.sum;
+                        if (threadIdx.x == 0 && slice == 0)
+                            *blocks::at(&shared.count[own_code], owner) += segment.count;
+                    } else {
+                        if (has_column) shared.part_sum[opens ? 0 : 1][threadIdx.x] = segment.sum;
+                        if (threadIdx.x == 0) shared.part_count[opens ? 0 : 1] = segment.count;
+                    }
+                    opens = false;
+                };
+                add(sum_segments(
+                    shared.segments, a, 0, slice, vectors, 0, own_length, most, left_out,
+                    [&](std::int64_t i) { return shared.listed[i]; },
+                    [&](std::uint32_t code, const double(&sum)[columns_per_lane], double weights) {
+                        const unsigned owner = code / codes.per_block, own_code = code % codes.per_block;
+                        const int of_lane = slice + lane * columns_per_lane;
+                        double* to = blocks::at(&shared.sum[own_code * columns + of_lane], owner);
 #pragma unroll
-                    for (int c = 0; c < columns_per_lane; ++c)
-                        if (column + c < columns) shared.sum[code * columns + column + c] += sum[c];
-                    if (lane == 0 && slice == 0) shared.count[code] += weights;
-                },
-                add));
+                        for (int c = 0; c < columns_per_lane; ++c)
+                            if (of_lane + c < columns) to[c] += sum[c];
+                        if (lane == 0 && slice == 0) *blocks::at(&shared.count[own_code], owner) += weights;
+                    },
+                    add));
+            }
+            blocks::sync();
+            for (unsigned c = threadIdx.x / Tile::columns; c < codes.own_count; c += Tile::threads / Tile::columns) {
+                const unsigned code = codes.own + c, begins = shared.start[code], ends = shared.start[code + 1];
+                const unsigned from = begins / part, to = ends == begins ? from : (ends - 1) / part;
+                if (from == to) continue;
+                const unsigned own_column = threadIdx.x % Tile::columns;
+                double sum = 0, count = 0;
+#pragma unroll
+                for (unsigned b = 0; b < Tile::cluster; ++b) {
+                    if (b < from || b > to) continue;
+                    const int slot = b == from && begins != from * part ? 1 : 0;
+                    sum += *blocks::at(&shared.part_sum[slot][own_column], b);
+                    count += *blocks::at(&shared.part_count[slot], b);
+                }
+                if (slice + own_column < static_cast<unsigned>(columns))
+                    shared.sum[c * columns + slice + own_column] += sum;
+                if (own_column == 0 && slice == 0) shared.count[c] += count;
+            }
+            blocks::arrive();
+            pending = true;
         }
     }
+    if (!pending) blocks::arrive();
     __syncthreads();
     if (invalid_rows) {
-        if (blockIdx.x == 0 && without > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(without));
+        if (blockIdx.x < Tile::cluster && without > 0)
+            atomicAdd(invalid_rows, static_cast<unsigned long long>(without));
         if (lane == 0 && left_out > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(left_out));
     }
 }
@@ -175,16 +254,17 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather(detail::ac
                                                                       unsigned per_block, bool vectors, bool checks,
                                                                       bool add, unsigned long long* invalid_rows) {
     __shared__ gather_storage<Tile> shared;
-    const std::int64_t first = std::int64_t{blockIdx.x} * per_block;
-    const auto codes = static_cast<unsigned>(a.sums.rows - first < per_block ? a.sums.rows - first : per_block);
-    gather_codes(shared, a, source, first, codes, vectors, checks, invalid_rows);
+    wait_for_predecessor();
+    const auto codes = gathered_codes::of<Tile>(a.sums.rows, per_block);
+    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
     const int columns = static_cast<int>(a.x.columns);
-    for (unsigned c = threadIdx.x / 32; c < codes; c += Tile::threads / 32) {
-        const double n = shared.count[c];
+    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
+        const std::int64_t k = codes.first + codes.own + c;
         for (int d = static_cast<int>(threadIdx.x) % 32; d < columns; d += 32)
-            put(a.sums.row(first + c)[d], shared.sum[c * columns + d], add);
-        if (threadIdx.x % 32 == 0) put(a.counts[first + c], n, add);
+            put(a.sums.row(k)[d], shared.sum[c * columns + d], add);
+        if (threadIdx.x % 32 == 0) put(a.counts[k], shared.count[c], add);
     }
+    cluster<Tile::cluster>::wait();
 }
 
 }  // namespace cuvq::kernel
