@@ -97,18 +97,18 @@ struct provenance {
     vector_ref<const float> distances{};  // NaN for a row without a code, where the codes cannot say so; or null
 };
 
-/// One pass of the sort. `clears`: sets counts and sums to zero on the way.
+/// One pass of the sort. `clears`: sets counts and sums to zero on the way. `depends`: see detail::launch_next.
 template <class Block>
 void sort_pass(const kernel::row_source& source, const kernel::digit_pass& pass, std::uint32_t chunks,
                const accumulate_scratch& m, kernel::coded_row* to, std::uint32_t* placed, bool clears,
-               const vector_ref<float>& counts, const matrix_ref<float>& sums, cudaStream_t stream) {
-    detail::launch(kernel::count_digits<Block>, chunks, Block::threads, stream, Block::count_bytes(pass.bins), source,
-                   pass, m.histogram, clears, counts, sums);
+               const vector_ref<float>& counts, const matrix_ref<float>& sums, bool depends, cudaStream_t stream) {
+    detail::launch_next(depends, kernel::count_digits<Block>, chunks, Block::threads, stream,
+                        Block::count_bytes(pass.bins), source, pass, m.histogram, clears, counts, sums);
     using scan = kernel::scan_tile;
-    detail::launch(kernel::scan_histograms<scan>, (pass.bins + scan::bins - 1) / scan::bins, scan::bins * scan::warps,
-                   stream, 0, m.histogram, chunks, pass.bins, m.totals);
-    detail::launch(kernel::place_rows<Block>, chunks, Block::threads, stream, Block::place_bytes(pass.bins), source,
-                   pass, m.histogram, m.totals, to, placed);
+    detail::launch_next(depends, kernel::scan_histograms<scan>, (pass.bins + scan::bins - 1) / scan::bins,
+                        scan::bins * scan::warps, stream, 0, m.histogram, chunks, pass.bins, m.totals);
+    detail::launch_next(depends, kernel::place_rows<Block>, chunks, Block::threads, stream,
+                        Block::place_bytes(pass.bins), source, pass, m.histogram, m.totals, to, placed);
 }
 
 inline kernel::row_source rows_of(const const_codes_ref& codes, const vector_ref<const float>& weights,
@@ -127,22 +127,22 @@ inline kernel::row_source rows_of(const const_codes_ref& codes, const vector_ref
 /// The launch that sums a small batch, for either tile.
 struct gather_plan {
     kernel::row_source source;
-    unsigned per_block = 0;
+    int block_bits = 0;  // log2 of the codes of a block
     bool vectors = false, checks = false;
 
     template <class X>
     gather_plan(const detail::accumulate_args<X>& a, const provenance& from)
         : source(rows_of(a.codes, a.weights, from, a.sums.rows, 0, a.x.rows)),
-          per_block(static_cast<unsigned>(gather_shapes::codes(a.sums.rows, a.x.columns))),
+          block_bits(gather_shapes::block_bits(a.sums.rows, a.x.columns)),
           vectors(kernel::has_vectors<gather_tile<1>::columns / 32>(a.x)),
           checks(a.x.columns > gather_tile<1>::columns && !from.trusted) {}
 
     /// Launches the kernel in clusters where the card has them: `in_clusters` and `alone` are it with either tile.
     template <class... Parameters, class... Arguments>
-    static void launch(std::int64_t codes, unsigned per_block, void (*in_clusters)(Parameters...),
+    static void launch(std::int64_t codes, int block_bits, void (*in_clusters)(Parameters...),
                        void (*alone)(Parameters...), cudaStream_t stream, const Arguments&... arguments) {
         constexpr unsigned cluster = 8, threads = gather_tile<cluster>::threads;
-        const std::int64_t blocks = (codes - 1) / per_block + 1;
+        const std::int64_t blocks = ((codes - 1) >> block_bits) + 1;
         if (detail::is_for_hopper(in_clusters))
             detail::launch_dependent(in_clusters, static_cast<unsigned>((blocks - 1) / cluster + 1) * cluster, threads,
                                      stream, 0, cluster, arguments...);
@@ -157,8 +157,8 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance&
                 unsigned long long* invalid_rows, cudaStream_t stream) {
     if (gather_shapes::include(a.x.rows, a.x.columns)) {
         const gather_plan plan(a, from);
-        plan.launch(a.sums.rows, plan.per_block, kernel::gather<gather_tile<8>, X>, kernel::gather<gather_tile<1>, X>,
-                    stream, a, plan.source, plan.per_block, plan.vectors, plan.checks, add, invalid_rows);
+        plan.launch(a.sums.rows, plan.block_bits, kernel::gather<gather_tile<8>, X>, kernel::gather<gather_tile<1>, X>,
+                    stream, a, plan.source, plan.block_bits, plan.vectors, plan.checks, add, invalid_rows);
         return;
     }
     constexpr std::int64_t most = 1 << 20;
@@ -166,6 +166,7 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance&
     const std::int64_t columns = a.x.columns, codes = a.sums.rows;
     const std::int64_t slices = (columns - 1) / sum_tile::columns + 1;
     const bool vectors = kernel::has_vectors<vector>(a.x);
+    const bool depends = detail::is_for_hopper(kernel::sum_runs<sum_tile, X>);
     std::int64_t first = 0;
     do {  // once at least: an empty batch still writes counts and sums
         const std::int64_t count = std::min(m.slice, a.x.rows - first);
@@ -174,14 +175,14 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance&
         kernel::row_source source = rows_of(a.codes, a.weights, from, codes, first, count);
         int into = 0;
         if (count > 0 && slices > 1 && !from.trusted) {
-            detail::launch(kernel::list_finite_rows<X>, detail::blocks_for(count, 8, most), 256, stream, 0, a.x, source,
-                           m.rows[1]);
+            detail::launch_next(depends, kernel::list_finite_rows<X>, detail::blocks_for(count, 8, most), 256, stream,
+                                0, a.x, source, m.rows[1]);
             source.rows = m.rows[1];
         }
         for (int i = 0; i < plan.passes; ++i) {
             const auto sort = plan.has_few_bins ? sort_pass<sort_plan::few_bins> : sort_pass<sort_plan::many_bins>;
             sort(source, plan.pass(i), plan.chunks, m, m.rows[into], m.placed + into, i == 0 && !onto, a.counts, a.sums,
-                 stream);
+                 depends, stream);
             source.rows = m.rows[into];
             source.row_count = m.placed + into;
             into = 1 - into;
@@ -190,11 +191,11 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance&
             const kernel::sorted_rows s{source.rows,    source.row_count, first,     count, m.run,
                                         m.partial_sums, m.partial_counts, m.last_run};
             const std::int64_t runs = (count + m.run - 1) / m.run;
-            detail::launch(kernel::sum_runs<sum_tile, X>, static_cast<unsigned>(runs * slices), sum_tile::threads,
-                           stream, 0, a, s, vectors, onto, invalid_rows);
+            detail::launch_next(depends, kernel::sum_runs<sum_tile, X>, static_cast<unsigned>(runs * slices),
+                                sum_tile::threads, stream, 0, a, s, vectors, onto, invalid_rows);
             if (runs > 1)
-                detail::launch(kernel::merge_runs<sum_tile>, static_cast<unsigned>((runs - 1) * slices),
-                               sum_tile::merge_threads, stream, 0, a.counts, a.sums, s, onto);
+                detail::launch_next(depends, kernel::merge_runs<sum_tile>, static_cast<unsigned>((runs - 1) * slices),
+                                    sum_tile::merge_threads, stream, 0, a.counts, a.sums, s, onto);
         }
         first += count;
     } while (first < a.x.rows);

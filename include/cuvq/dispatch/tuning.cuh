@@ -73,17 +73,19 @@ struct gather_tile {
 
 /// The shapes that are summed by `gather_tile`, in one launch.
 struct gather_shapes {
-    static constexpr long long most_rows = 32768;
+    static constexpr long long most_rows = 8192;
     static constexpr long long most_columns = gather_tile<1>::most_sums;
 
     static constexpr bool include(long long rows, long long dimensions) {
         return rows <= most_rows && dimensions <= most_columns;
     }
-    /// Codes of a block: few enough that all multiprocessors of a large card have a block.
-    static constexpr long long codes(long long codes, long long dimensions) {
-        const long long room = gather_tile<1>::most_sums / dimensions, wanted = (codes + 127) / 128;
-        const long long most = room < gather_tile<1>::most_codes ? room : gather_tile<1>::most_codes;
-        return wanted < most ? wanted : most;
+    /// Log2 of the codes of a block: few enough that all multiprocessors of a large card have a block.
+    static constexpr int block_bits(long long codes, long long dimensions) {
+        using tile = gather_tile<1>;
+        int bits = 0;
+        while ((2 << bits) <= tile::most_codes && (2 << bits) * dimensions <= tile::most_sums && codes > 128LL << bits)
+            ++bits;
+        return bits;
     }
 };
 

@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/detail/validate.hpp>
+#include <cuvq/kernel/hopper.cuh>
 #include <cuvq/kernel/sort_rows.cuh>
 #include <cuvq/views.hpp>
 
@@ -22,6 +23,8 @@ namespace cuvq::kernel {
 /// summed by several blocks, none of which would see the whole of a row.
 template <class X>
 __global__ void list_finite_rows(matrix_ref<const X> x, row_source source, coded_row* rows) {
+    wait_for_predecessor();
+    let_successor_start();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t warps = std::int64_t{gridDim.x} * blockDim.x / 32;
     for (std::int64_t i = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32; i < source.count; i += warps) {
@@ -255,17 +258,30 @@ __device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail
         else if (lane == 0)
             shared.code[warp][0] = shared.code[warp][1] = coded_row::none;
         __syncthreads();
-        for (int w = 0; w < warps; ++w) {
-            for (int part = 0; part < 2; ++part) {
-                const std::uint32_t next_code = shared.code[w][part];
-                if (next_code == coded_row::none) continue;
-                if (next_code != open.code) {
-                    emit(open);
-                    open = {next_code};
-                }
-                if (threadIdx.x < Tile::columns) open.sum += shared.sum[w][part][threadIdx.x];
-                open.count += shared.count[w][part];
+        // The segments of all warps in order, each read while the one before it is added.
+        static_assert(2 * warps <= 32, "a lane for each segment");
+        const std::uint32_t code_of_lane =
+            lane < 2 * warps ? shared.code[lane / 2][lane % 2] : std::uint32_t{coded_row::none};
+        unsigned left = __ballot_sync(0xFFFFFFFFu, code_of_lane != coded_row::none);
+        const int own_column = static_cast<int>(threadIdx.x) % Tile::columns;
+        int i = __ffs(static_cast<int>(left)) - 1;
+        double sum = shared.sum[i / 2][i % 2][own_column], weights = shared.count[i / 2][i % 2];
+#pragma unroll 1
+        while (left) {
+            left &= left - 1;
+            const int after = left ? __ffs(static_cast<int>(left)) - 1 : i;
+            const double next_sum = shared.sum[after / 2][after % 2][own_column];
+            const double next_weights = shared.count[after / 2][after % 2];
+            const std::uint32_t next_code = __shfl_sync(0xFFFFFFFFu, code_of_lane, i);
+            if (next_code != open.code) {
+                emit(open);
+                open = {next_code};
             }
+            open.sum += sum;
+            open.count += weights;
+            i = after;
+            sum = next_sum;
+            weights = next_weights;
         }
         __syncthreads();
     }
@@ -287,6 +303,8 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::
                                                                         unsigned long long* invalid_rows) {
     constexpr int warps = Tile::threads / 32, columns_per_lane = Tile::columns / 32;
     __shared__ segment_storage<Tile> storage;
+    wait_for_predecessor();
+    let_successor_start();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t columns = a.x.columns, slices = (columns - 1) / Tile::columns + 1;
     const std::int64_t run = blockIdx.x / slices, slice = blockIdx.x % slices * Tile::columns;
@@ -339,6 +357,8 @@ __global__ __launch_bounds__(Tile::merge_threads) void merge_runs(vector_ref<flo
                                                                   sorted_rows s, bool add) {
     constexpr int warps = Tile::merge_threads / 32, columns_per_lane = Tile::columns / 32, ahead = 4;
     __shared__ double shared_sum[warps][Tile::columns];
+    wait_for_predecessor();
+    let_successor_start();
     __shared__ double shared_count[warps];
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const std::int64_t columns = sums.columns, slices = (columns - 1) / Tile::columns + 1;

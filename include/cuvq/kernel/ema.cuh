@@ -8,6 +8,7 @@
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/device/ema.cuh>
 #include <cuvq/kernel/gather.cuh>
+#include <cuvq/kernel/hopper.cuh>
 #include <cuvq/params.hpp>
 
 namespace cuvq::kernel {
@@ -66,6 +67,8 @@ template <int Threads, class T, class R>
 __global__ __launch_bounds__(Threads) void sum_sizes(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
                                                      double* parts) {
     __shared__ double warp_sum[Threads / 32];
+    wait_for_predecessor();
+    let_successor_start();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     double sum = 0;
     for (std::int64_t k = std::int64_t{blockIdx.x} * (Threads / 32) + warp; k < a.counts.size;
@@ -87,6 +90,8 @@ template <int Threads, class T, class R>
 __global__ __launch_bounds__(Threads) void ema_apply(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
                                                      const double* parts, ema_tally tally) {
     __shared__ std::int64_t shared_step;
+    wait_for_predecessor();
+    let_successor_start();
     if (threadIdx.x == 0) shared_step = take_step(a.state.step);
     const std::int64_t first = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32;
     if (first < a.counts.size) touch_code(a.state, first);
@@ -98,22 +103,22 @@ __global__ __launch_bounds__(Threads) void ema_apply(detail::ema_args<T, R> a, e
         update_code(a, p, e, k, tally);
 }
 
-/// `gather` and `ema_apply` of a small batch, where no total is needed. A block takes `per_block` codes, then a warp a
+/// `gather` and `ema_apply` of a small batch, where no total is needed. A block takes 2^block_bits codes, then a warp a
 /// code. `counts`: [K] gets the counts, or null.
 template <class Tile, class T, class X>
 __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gathered(
     detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p, device::ema_step e,
-    unsigned per_block, bool vectors, bool checks, float* counts, unsigned long long* invalid_rows, ema_tally tally) {
+    int block_bits, bool vectors, bool checks, float* counts, unsigned long long* invalid_rows, ema_tally tally) {
     __shared__ gather_storage<Tile> shared;
     __shared__ std::int64_t shared_step;
     wait_for_predecessor();
+    let_successor_start();
     const std::int64_t all_codes = update.state.codebook.rows;
-    const auto codes = gathered_codes::of<Tile>(all_codes, per_block);
-    const std::int64_t first = codes.first + codes.own;
+    const auto codes = gathered_codes::of<Tile>(all_codes, block_bits);
     const int columns = static_cast<int>(a.x.columns);
     if (threadIdx.x == Tile::threads - 1) shared_step = take_step(update.state.step);
     for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32)
-        touch_code(update.state, first + c);
+        touch_code(update.state, codes.code(c));
     gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
 
     // The sums again, as float, where the update looks for them.
@@ -124,14 +129,16 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
         sums[i] = static_cast<float>(shared.sum[i]);
     if (threadIdx.x < codes.own_count) {
         sizes[threadIdx.x] = static_cast<float>(shared.count[threadIdx.x]);
-        if (counts) counts[first + threadIdx.x] = sizes[threadIdx.x];
+        if (counts) counts[codes.code(threadIdx.x)] = sizes[threadIdx.x];
     }
     __syncthreads();
     e.step = shared_step;
-    update.counts = {sizes - first, all_codes};
-    update.sums = {sums - first * columns, all_codes, columns, columns};
-    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32)
-        update_code(update, p, e, first + c, tally);
+    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
+        const std::int64_t k = codes.code(c);
+        update.counts = {sizes + c - k, all_codes};
+        update.sums = {sums + (static_cast<std::int64_t>(c) - k) * columns, all_codes, columns, columns};
+        update_code(update, p, e, k, tally);
+    }
     cluster<Tile::cluster>::wait();
 }
 

@@ -18,43 +18,47 @@
 
 namespace cuvq::kernel {
 
-/// Shared memory of `gather_codes`. Codes are counted from the first of the cluster, list positions from the first of
-/// the cluster's list.
+/// Shared memory of `gather_codes`. Codes are counted within those of the cluster.
 template <class Tile>
 struct gather_storage {
     static constexpr int warps = Tile::threads / 32;
     static constexpr int most_codes = Tile::most_codes * Tile::cluster;  // of a cluster
 
     segment_storage<Tile> segments;
-    double sum[Tile::most_sums];          // [codes of the block][D]
-    double count[Tile::most_codes];       // [codes of the block] of weights
-    double part_sum[2][Tile::columns];    // of the first and the last code of the block's part of the list, where
-    double part_count[2];                 // others have rows of them too
-    coded_row listed[Tile::rows];         // the block's part of the list
+    double sum[Tile::most_sums];             // [codes of the block][D]
+    double count[Tile::most_codes];          // [codes of the block] of weights
+    double part_sum[2][Tile::columns];       // of the first and the last code of the block's part of the list, where
+    double part_count[2];                    // others have rows of them too
+    coded_row listed[Tile::rows];            // the block's part of the list
     std::uint32_t place[warps][most_codes];  // rows that a warp has found; then their place among the block's
-    std::uint32_t found[most_codes];      // rows that the block has found
-    std::uint32_t base[most_codes];       // list position of the first of them
-    std::uint32_t start[most_codes + 1];  // list position of a code's first row
+    std::uint32_t found[most_codes];         // rows that the block has found
+    std::uint32_t base[most_codes];          // list position of the first of them
+    std::uint32_t start[most_codes + 1];     // list position of a code's first row
 };
 
-/// The codes of a cluster, and those of one of its blocks.
+/// The codes of a cluster, and those of one of its blocks. Cluster c of C has codes c, c + C, c + 2 C, ...: where the
+/// lower codes are the more frequent ones, as in a codebook that was sorted so, clusters still get about as many rows.
 struct gathered_codes {
-    std::int64_t first;      // of the cluster
-    unsigned count;          // of the cluster
-    unsigned per_block;
-    unsigned own, own_count;  // of this block: the first, counted from the cluster's, and their number
+    std::uint32_t clusters, cluster;
+    unsigned count;           // of the cluster
+    int block_bits;           // log2 of the codes of a block
+    unsigned own, own_count;  // of this block: the first, counted within the cluster's, and their number
 
     template <class Tile>
-    static __device__ gathered_codes of(std::int64_t codes, unsigned per_block) {
+    static __device__ gathered_codes of(std::int64_t codes, int block_bits) {
         gathered_codes g;
-        const unsigned most = per_block * Tile::cluster;
-        g.first = std::int64_t{blockIdx.x / Tile::cluster} * most;
-        g.count = static_cast<unsigned>(codes - g.first < most ? codes - g.first : most);
-        g.per_block = per_block;
-        g.own = blockIdx.x % Tile::cluster * per_block;
+        const unsigned rank = blockIdx.x % Tile::cluster;
+        g.clusters = gridDim.x / Tile::cluster;
+        g.cluster = blockIdx.x / Tile::cluster;
+        g.count = static_cast<unsigned>((codes - 1 - g.cluster) / g.clusters + 1);
+        g.block_bits = block_bits;
+        const unsigned per_block = 1u << block_bits;
+        g.own = rank << block_bits;
         g.own_count = g.count <= g.own ? 0 : g.count - g.own < per_block ? g.count - g.own : per_block;
         return g;
     }
+    /// Code c of this block.
+    __device__ std::int64_t code(unsigned c) const { return cluster + std::int64_t{own + c} * clusters; }
 };
 
 /// Sums the rows of the block's codes into shared.sum and shared.count. `checks`: rows that hold a NaN or Inf are
@@ -92,12 +96,12 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
         coded_row rows[per_lane];
         source.load(first + lane, stop, rows);
 #pragma unroll
-        for (int i = 0; i < per_lane; ++i) {  // from here on the code counts from the first of the cluster
+        for (int i = 0; i < per_lane; ++i) {  // from here on codes count within the cluster's
             if (rows[i].code == coded_row::none) {
                 without += first + lane + 32 * i < stop;
             } else {
-                rows[i].code -= static_cast<std::uint32_t>(codes.first);
-                if (rows[i].code >= codes.count) rows[i].code = coded_row::none;
+                const std::uint32_t within = rows[i].code / codes.clusters;
+                rows[i].code = rows[i].code % codes.clusters == codes.cluster ? within : std::uint32_t{coded_row::none};
             }
             if (!checks) continue;
             for (unsigned hits = __ballot_sync(0xFFFFFFFFu, rows[i].code != coded_row::none); hits; hits &= hits - 1) {
@@ -116,12 +120,13 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
             if (rows[i].code != coded_row::none) atomicAdd(&shared.place[warp][rows[i].code], 1u);
         __syncthreads();
         if (threadIdx.x < most_codes) {
-            std::uint32_t total = 0;
+            std::uint32_t number[warps], total = 0;
+#pragma unroll
+            for (int w = 0; w < warps; ++w) number[w] = shared.place[w][threadIdx.x];
 #pragma unroll
             for (int w = 0; w < warps; ++w) {
-                const std::uint32_t number = shared.place[w][threadIdx.x];
                 shared.place[w][threadIdx.x] = total;
-                total += number;
+                total += number[w];
             }
             shared.found[threadIdx.x] = total;
         }
@@ -163,8 +168,11 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
         __syncthreads();
         const auto length = shared.start[most_codes];
         // Rows of the list for each block: whole batches of a warp.
-        const unsigned part = ((length + Tile::cluster - 1) / Tile::cluster + most_float_rows - 1) / most_float_rows *
-                              most_float_rows;
+        const unsigned part =
+            ((length + Tile::cluster - 1) / Tile::cluster + most_float_rows - 1) / most_float_rows * most_float_rows;
+        // i / part by a product: positions and parts are far below 2^16.
+        const unsigned inverse = part > 0 ? 0xFFFFFFFFu / part + 1 : 0;
+        const auto part_of = [&](unsigned i) { return __umulhi(i, inverse); };
 #pragma unroll
         for (int i = 0; i < per_lane; ++i) {
             const std::uint32_t code = rows[i].code;
@@ -174,7 +182,8 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
             const int before = __popc(peers & ((1u << lane) - 1));
             if (listed) {
                 const std::uint32_t to = shared.base[code] + shared.place[warp][code] + before;
-                *blocks::at(&shared.listed[to % part], to / part) = rows[i];
+                const unsigned owner = part_of(to);
+                *blocks::at(&shared.listed[to - owner * part], owner) = rows[i];
             }
             __syncwarp();
             if (listed && before == 0) shared.place[warp][code] += __popc(peers);
@@ -191,12 +200,14 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
             if (own_length > 0) {
                 bool opens = true;  // the segment holds the first row of the block's part
                 const auto add = [&](const open_segment& segment) {
-                    const unsigned code = segment.code;
+                    const unsigned code = segment.code;  // its sum is 0 before the first window
                     if (shared.start[code] >= begin && shared.start[code + 1] <= begin + own_length) {
-                        const unsigned owner = code / codes.per_block, own_code = code % codes.per_block;
-                        if (has_column) *blocks::at(&shared.sum[own_code * columns + column], owner) += segment.sum;
-                        if (threadIdx.x == 0 && slice == 0)
-                            *blocks::at(&shared.count[own_code], owner) += segment.count;
+                        const unsigned owner = code >> codes.block_bits,
+                                       own_code = code & ((1u << codes.block_bits) - 1);
+                        double* sum = blocks::at(&shared.sum[own_code * columns + column], owner);
+                        double* count = blocks::at(&shared.count[own_code], owner);
+                        if (has_column) *sum = at == 0 ? segment.sum : *sum + segment.sum;
+                        if (threadIdx.x == 0 && slice == 0) *count = at == 0 ? segment.count : *count + segment.count;
                     } else {
                         if (has_column) shared.part_sum[opens ? 0 : 1][threadIdx.x] = segment.sum;
                         if (threadIdx.x == 0) shared.part_count[opens ? 0 : 1] = segment.count;
@@ -207,20 +218,22 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
                     shared.segments, a, 0, slice, vectors, 0, own_length, most, left_out,
                     [&](std::int64_t i) { return shared.listed[i]; },
                     [&](std::uint32_t code, const double(&sum)[columns_per_lane], double weights) {
-                        const unsigned owner = code / codes.per_block, own_code = code % codes.per_block;
+                        const unsigned owner = code >> codes.block_bits,
+                                       own_code = code & ((1u << codes.block_bits) - 1);
                         const int of_lane = slice + lane * columns_per_lane;
                         double* to = blocks::at(&shared.sum[own_code * columns + of_lane], owner);
 #pragma unroll
                         for (int c = 0; c < columns_per_lane; ++c)
-                            if (of_lane + c < columns) to[c] += sum[c];
-                        if (lane == 0 && slice == 0) *blocks::at(&shared.count[own_code], owner) += weights;
+                            if (of_lane + c < columns) to[c] = at == 0 ? sum[c] : to[c] + sum[c];
+                        double* count = blocks::at(&shared.count[own_code], owner);
+                        if (lane == 0 && slice == 0) *count = at == 0 ? weights : *count + weights;
                     },
                     add));
             }
             blocks::sync();
             for (unsigned c = threadIdx.x / Tile::columns; c < codes.own_count; c += Tile::threads / Tile::columns) {
                 const unsigned code = codes.own + c, begins = shared.start[code], ends = shared.start[code + 1];
-                const unsigned from = begins / part, to = ends == begins ? from : (ends - 1) / part;
+                const unsigned from = part_of(begins), to = ends == begins ? from : part_of(ends - 1);
                 if (from == to) continue;
                 const unsigned own_column = threadIdx.x % Tile::columns;
                 double sum = 0, count = 0;
@@ -248,18 +261,19 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
     }
 }
 
-/// Counts and sums of a small batch. A block takes `per_block` codes.
+/// Counts and sums of a small batch. A block takes 2^block_bits codes.
 template <class Tile, class X>
 __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather(detail::accumulate_args<X> a, row_source source,
-                                                                      unsigned per_block, bool vectors, bool checks,
+                                                                      int block_bits, bool vectors, bool checks,
                                                                       bool add, unsigned long long* invalid_rows) {
     __shared__ gather_storage<Tile> shared;
     wait_for_predecessor();
-    const auto codes = gathered_codes::of<Tile>(a.sums.rows, per_block);
+    let_successor_start();
+    const auto codes = gathered_codes::of<Tile>(a.sums.rows, block_bits);
     gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
     const int columns = static_cast<int>(a.x.columns);
     for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
-        const std::int64_t k = codes.first + codes.own + c;
+        const std::int64_t k = codes.code(c);
         for (int d = static_cast<int>(threadIdx.x) % 32; d < columns; d += 32)
             put(a.sums.row(k)[d], shared.sum[c * columns + d], add);
         if (threadIdx.x % 32 == 0) put(a.counts[k], shared.count[c], add);
