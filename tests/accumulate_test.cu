@@ -143,6 +143,23 @@ TYPED_TEST(AccumulateTypesSmall, WithBadCodesNanRowsAndBadWeights) {
     }
 }
 
+TYPED_TEST(AccumulateTypesSmall, ManyRowsWithBadCodesNanRowsAndBadWeights) {
+    random_source random;
+    constexpr std::int64_t n = gather_shapes::most_rows + 300;
+    for (const std::int64_t d : {3, 64, 130, 300}) {
+        auto x = random.normals<TypeParam>(n, d);
+        const auto codes = random_codes(random, n, -2, 402);
+        auto weights = random_weights(random, n);
+        const float bad[] = {nan, inf, -inf};
+        for (int j = 0; j < 99; ++j) {
+            x(80 * j, (3 * j) % d) = bad[j % 3];
+            weights[71 * j + 1] = j % 4 == 3 ? -1.0f : bad[j % 3];
+        }
+        expect_sums(x, codes, 401);
+        EXPECT_TRUE(same(expect_sums(x, codes, 401, weights, awkward), accumulated(x, codes, 401, weights)));
+    }
+}
+
 template <class Int>
 class AccumulateCodesSmall : public gpu_test {};
 TYPED_TEST_SUITE(AccumulateCodesSmall, code_types, type_names);
@@ -179,10 +196,14 @@ void expect_exact_sums(random_source& random, const std::vector<std::int64_t>& r
     for (std::size_t e = 0; e < right.sums.size(); ++e) ASSERT_EQ(got.sums.data[e], right.sums[e]) << "element " << e;
 }
 
-TEST_F(AccumulateSmall, CodesThatEndAtAndAroundTheEndsOfRuns) {
+TEST_F(AccumulateTest, CodesThatEndAtAndAroundTheEndsOfRuns) {
     random_source random;
+    // A code with many rows first, so that the batch is none of the small ones, and many without, so that the workspace
+    // has room for the shortest runs.
+    constexpr std::int64_t run = sum_tile::least_rows, many = 132 * run, empty_codes = 400;
+    ASSERT_FALSE(gather_shapes::include(many, 3));
+    ASSERT_EQ(sum_tile::rows(many + 12 * run, empty_codes, 150), run);
     for (const std::int64_t d : {3, 40, 150}) {
-        const std::int64_t run = sum_tile::rows(d);
         const std::vector<std::vector<std::int64_t>> cases{
             {run},
             {run - 1},
@@ -204,19 +225,25 @@ TEST_F(AccumulateSmall, CodesThatEndAtAndAroundTheEndsOfRuns) {
             {7 * run + 3},
             {0, 0, 11 * run, 0},
         };
-        for (const auto& rows : cases) expect_exact_sums(random, rows, d);
+        for (auto rows : cases) {
+            rows.insert(rows.begin(), many);
+            rows.resize(rows.size() + empty_codes);
+            expect_exact_sums(random, rows, d);
+        }
     }
 }
 
-TEST_F(AccumulateSmall, RowsLeftOutAroundTheEndsOfRuns) {
+TEST_F(AccumulateTest, RowsLeftOutAroundTheEndsOfRuns) {
     random_source random;
-    constexpr std::int64_t d = 3;
+    constexpr std::int64_t d = 3, many = gather_shapes::most_rows + 1;
     for (const std::int64_t valid : {0, 1, 63, 64, 65, 127, 128, 129})
         for (const std::int64_t invalid : {0, 1, 63, 64, 65}) {
             auto codes = random_codes(random, valid, 0, 1);
             codes.insert(codes.end(), static_cast<std::size_t>(invalid), -1);
             std::reverse(codes.begin(), codes.end());
             expect_sums(random.normals<float>(valid + invalid, d), codes, 2);
+            codes.resize(codes.size() + many, 2);
+            expect_sums(random.normals<float>(valid + invalid + many, d), codes, 300);
         }
 }
 
@@ -228,15 +255,16 @@ TEST_F(AccumulateSmall, DimensionsOneToAHundredAndThirty) {
 
 TEST_F(AccumulateSmall, AnOverflowOnTheWayIsNone) {
     // Any eight in a row overflow float, and so do the first and the second half; all together they are finite.
-    const std::int64_t half = 3 * sum_tile::rows(1);
-    matrix<float> x(2 * half, 1);
-    for (std::int64_t i = 0; i < 2 * half; ++i) x.data[i] = i < half ? 3e38f : -3e38f;
-    x.data[0] = 1e38f;
-    accumulate_memory<float> memory(x, std::vector<std::int64_t>(static_cast<std::size_t>(2 * half), 1), 3);
-    memory.run();
-    const auto got = memory.outcome();
-    EXPECT_EQ(got.counts[1], static_cast<float>(2 * half));
-    EXPECT_FLOAT_EQ(got.sums.data[1], -2e38f);
+    for (const std::int64_t half : {3 * sum_tile::least_rows, 90 * sum_tile::least_rows}) {
+        matrix<float> x(2 * half, 1);
+        for (std::int64_t i = 0; i < 2 * half; ++i) x.data[i] = i < half ? 3e38f : -3e38f;
+        x.data[0] = 1e38f;
+        accumulate_memory<float> memory(x, std::vector<std::int64_t>(static_cast<std::size_t>(2 * half), 1), 3);
+        memory.run();
+        const auto got = memory.outcome();
+        EXPECT_EQ(got.counts[1], static_cast<float>(2 * half));
+        EXPECT_FLOAT_EQ(got.sums.data[1], -2e38f);
+    }
 }
 
 TEST_F(AccumulateSmall, WithoutRowsCountsAndSumsAreZeroOrStay) {
@@ -277,6 +305,41 @@ TEST_F(AccumulateTest, EveryRowOnOneCode) {
         expect_sums(random.normals<float>(100000, d), codes_t(100000, 3), 1000, random_weights(random, 100000));
 }
 
+TEST_F(AccumulateTest, NumbersOfCodesAroundTheBinsOfASortingPass) {
+    random_source random;
+    for (const std::int64_t k : {1023, 1024, 1025, 2047, 2048, 2049, 65535, 65536, 65537, (1 << 22) + 1})
+        for (const std::int64_t n : {700, 9000}) {
+            auto codes = random_codes(random, n, 0, k - 1);
+            codes[5] = codes[n - 7] = k - 1;
+            codes[6] = codes[n - 8] = 0;
+            codes[7] = k;
+            expect_sums(random.normals<float>(n, 2), codes, k);
+        }
+}
+
+TEST_F(AccumulateTest, CodesThatDifferInOneDigitOnly) {
+    random_source random;
+    constexpr std::int64_t k = 1 << 16, n = 5000;
+    for (const std::int64_t step : {1, 256}) {
+        codes_t codes;
+        for (std::int64_t i = 0; i < n; ++i) codes.push_back(7 + step * random.integer(0, 200));
+        expect_sums(random.normals<float>(n, 3), codes, k);
+    }
+}
+
+TEST_F(AccumulateTest, RowsOfNanAmongThoseOfALargeBatch) {
+    random_source random;
+    for (const std::int64_t d : {64, 128, 192}) {
+        auto x = random.normals<float>(40000, d);
+        for (int j = 0; j < 900; ++j) x(random.integer(0, 39999), random.integer(0, d - 1)) = j % 2 ? nan : -inf;
+        for (int i = 20000; i < 20100; ++i) x(i, d - 1) = inf;  // whole batches of rows that are summed together
+        expect_sums(x, random_codes(random, 40000, 0, 19), 20);
+        codes_t in_order;
+        for (std::int64_t i = 0; i < 40000; ++i) in_order.push_back(i / 100);
+        expect_sums(x, in_order, 400, random_weights(random, 40000));
+    }
+}
+
 TEST_F(AccumulateTest, CodesOfAZipfDistribution) {
     random_source random;
     codes_t codes;
@@ -292,7 +355,7 @@ TEST_F(AccumulateTest, EqualRowsWhoseRoundingErrorsAllPointTheSameWay) {
     random_source random;
     for (const std::int64_t d : {30, 128, 768, 2050}) {
         const auto values = matrix<float>::generate(1, d, [&](auto, auto) { return 1.0f + std::abs(random.normal()); });
-        for (const std::int64_t n : {std::int64_t{64}, std::int64_t{sum_tile::rows(d)}, std::int64_t{20000}}) {
+        for (const std::int64_t n : {64, 512, 8192, 20000}) {
             const auto x = matrix<float>::generate(n, d, [&](auto, auto column) { return values.at(0, column); });
             expect_sums(x, codes_t(static_cast<std::size_t>(n), 0), 1);
         }
@@ -416,15 +479,33 @@ TEST_F(AccumulateSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
 
 TEST_F(AccumulateTest, TwentyRunsAreBitwiseEqual) {
     random_source random;
-    accumulate_memory<float> memory(random.normals<float>(30000, 40), random_codes(random, 30000, -3, 130), 128,
-                                    random_weights(random, 30000));
-    memory.run();
-    const auto first = memory.outcome();
-    for (int run = 1; run < 20; ++run) {
-        memory.poison_outputs();
-        memory.run();
-        ASSERT_TRUE(same(memory.outcome(), first)) << "run " << run;
+    for (const std::int64_t n : {3000, 30000, 300000}) {
+        const auto x = random.normals<float>(n, 40);
+        const auto weights = random_weights(random, n);
+        codes_t zipf;
+        for (std::int64_t i = 0; i < n; ++i)
+            zipf.push_back(std::min<std::int64_t>(128, 1000000 / random.integer(1, 1000000) - 1));
+        for (const auto& codes : {random_codes(random, n, -3, 130), zipf, codes_t(static_cast<std::size_t>(n), 5)}) {
+            accumulate_memory<float> memory(x, codes, 128, weights);
+            const device_workspace ws(accumulate_workspace_bytes(memory.size, memory.params));
+            memory.run(ws.lent());
+            const auto first = memory.outcome();
+            for (int run = 1; run < 20; ++run) {
+                memory.poison_outputs();
+                memory.run(ws.lent());
+                ASSERT_TRUE(same(memory.outcome(), first)) << n << " rows, run " << run;
+            }
+        }
     }
+}
+
+TEST_F(AccumulateTest, WorkspaceIsWithinItsBound) {
+    for (const std::int64_t n : {0, 1, 8192, 8193, 40000, 1 << 20, 1 << 24})
+        for (const std::int64_t k : {1, 16, 1000, 1024, 1025, 2048, 16384, 65536})
+            for (const std::int64_t d : {1, 8, 64, 128, 129, 256, 1024, 5000}) {
+                const auto bytes = static_cast<double>(accumulate_workspace_bytes({n, k, d}));
+                EXPECT_LE(bytes, 24.0 * n + 4 * 4.0 * k * d + 65536) << n << " x " << d << ", " << k << " codes";
+            }
 }
 
 TEST_F(AccumulateTest, TwoStreamsAtOnce) {

@@ -425,6 +425,115 @@ TEST_F(EmaSmall, DrawsDependOnSeedAndStep) {
     EXPECT_NE(drawn(1, 1), drawn(1, std::int64_t{1} << 40));
 }
 
+// ---- several ranks, several micro-batches ---------------------------------------------------------------------------
+
+/// Counts and sums of a batch in one buffer, as one all-reduce takes them: sums [K x D], then counts [K].
+struct statistics_buffer {
+    std::int64_t codes, columns;
+    device_array<float> memory;
+
+    statistics_buffer(std::int64_t k, std::int64_t d) : codes(k), columns(d), memory(k * (d + 1)) {}
+
+    matrix_view<float> sums() const { return matrix_view<float>(memory.data(), codes, columns); }
+    vector_view<float> counts() const { return vector_view<float>(memory.data() + codes * columns, codes); }
+};
+
+/// A batch in device memory, and the statistics of rows of it.
+struct split_batch {
+    device_matrix<float> x;
+    device_array<std::int32_t> codes;
+    std::int64_t invalid = 0;  // of all that was accumulated
+
+    split_batch(const matrix<float>& rows, const codes_t& code_of)
+        : x(rows), codes(std::vector<std::int32_t>(code_of.begin(), code_of.end())) {}
+
+    void accumulate_rows(std::int64_t begin, std::int64_t end, const statistics_buffer& to, bool add) {
+        device_array<step_stats> stats(1);
+        accumulate_params params;
+        params.add = add;
+        params.stats = stats.data();
+        accumulate(strided(x.data() + begin * x.columns(), end - begin, x.columns(), x.columns()),
+                   vector_view<std::int32_t>(codes.data() + begin, end - begin), to.counts(), to.sums(), params);
+        invalid += stats.download()[0].invalid_rows;
+    }
+};
+
+/// Rows of a batch with some bad ones among them, and their codes.
+std::pair<matrix<float>, codes_t> batch_with_bad_rows(random_source& random, std::int64_t n, std::int64_t k,
+                                                      std::int64_t d) {
+    auto x = random.normals<float>(n, d);
+    auto codes = skewed_codes(random, n, k);
+    x(n / 3, d - 1) = nan;
+    codes[static_cast<std::size_t>(n / 2)] = -1;
+    return {x, codes};
+}
+
+void expect_ranks_to_agree(std::int64_t n, std::int64_t ranks) {
+    constexpr std::int64_t k = 60, d = 9;
+    random_source random;
+    for (const auto& [name, params] : every_rule()) {
+        SCOPED_TRACE(name);
+        const auto before = trained_state<float>(random, k, d);
+        const auto [x, codes] = batch_with_bad_rows(random, n, k, d);
+        split_batch batch(x, codes);
+        std::vector<float> reduced(k * (d + 1));
+        for (std::int64_t r = 0; r < ranks; ++r) {  // of unequal shares
+            const statistics_buffer own(k, d);
+            batch.accumulate_rows(n * r * r / (ranks * ranks), n * (r + 1) * (r + 1) / (ranks * ranks), own, false);
+            const auto part = own.memory.download();
+            for (std::size_t e = 0; e < part.size(); ++e) reduced[e] += part[e];
+        }
+        host_state<float> first = before;
+        for (std::int64_t r = 0; r < ranks; ++r) {
+            const device_state<float> state(before);
+            statistics_buffer own(k, d);
+            own.memory.upload(reduced);
+            device_array<step_stats> stats(1);
+            auto reported = params;
+            reported.stats = stats.data();
+            ema_apply(state.view(), own.counts(), own.sums(), batch.x.view(), reported);
+            const auto after = state.download();
+            if (r == 0) {
+                first = after;
+                auto got = stats.download()[0];
+                got.invalid_rows = batch.invalid;
+                EXPECT_TRUE(update_of_batch_is_right(before, x, codes, params, after, got));
+            }
+            EXPECT_TRUE(same_state(after, first)) << "rank " << r;
+        }
+    }
+}
+
+TEST_F(EmaSmall, RanksThatShareABatchHoldTheStateOfASingleOne) {
+    for (const std::int64_t ranks : {2, 3, 8}) expect_ranks_to_agree(700, ranks);
+}
+
+TEST_F(EmaTest, RanksThatShareALargeBatchHoldTheStateOfASingleOne) {
+    for (const std::int64_t ranks : {2, 3, 8}) expect_ranks_to_agree(45000, ranks);
+}
+
+TEST_F(EmaTest, MicroBatchesAddUpToOneUpdate) {
+    constexpr std::int64_t k = 60, d = 9;
+    random_source random;
+    for (const std::int64_t n : {700, 45000})
+        for (const auto& [name, params] : every_rule()) {
+            SCOPED_TRACE(name);
+            const auto before = trained_state<float>(random, k, d);
+            const auto [x, codes] = batch_with_bad_rows(random, n, k, d);
+            split_batch batch(x, codes);
+            const statistics_buffer sums(k, d);
+            for (std::int64_t i = 0; i < 4; ++i) batch.accumulate_rows(n * i / 4, n * (i + 1) / 4, sums, i > 0);
+            const device_state<float> state(before);
+            device_array<step_stats> stats(1);
+            auto reported = params;
+            reported.stats = stats.data();
+            ema_apply(state.view(), sums.counts(), sums.sums(), batch.x.view(), reported);
+            auto got = stats.download()[0];
+            got.invalid_rows = batch.invalid;
+            EXPECT_TRUE(update_of_batch_is_right(before, x, codes, params, state.download(), got));
+        }
+}
+
 // ---- outputs, workspace, refusals -----------------------------------------------------------------------------------
 
 TEST_F(EmaSmall, WorkspaceAndStatisticsChangeNothing) {
@@ -487,22 +596,38 @@ TEST_F(EmaSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
 
 TEST_F(EmaTest, TwentyRunsAreBitwiseEqual) {
     random_source random;
-    auto params = ema_params::mimi();
-    params.rule = ema_rule::laplace;
-    params.check_every = 1;
+    auto total = ema_params::mimi();
+    total.rule = ema_rule::laplace;
+    total.check_every = 1;
+    auto single = ema_params::vector_quantize_pytorch();
+    single.rule = ema_rule::active_only;
+    single.min_cluster_size = 2;
     const auto before = trained_state<float>(random, 500, 24);
-    update_memory<float, float> memory(before, random.normals<float>(20000, 24), skewed_codes(random, 20000, 500),
-                                       params);
-    memory.run();
-    const auto after = memory.state.download();
-    const auto stats = memory.stats.download()[0];
-    EXPECT_GT(stats.restarted_codes, 0);
-    for (int run = 1; run < 20; ++run) {
-        memory.state.upload(before);
-        memory.stats.fill(poison);
-        memory.run();
-        ASSERT_TRUE(same_state(memory.state.download(), after)) << "run " << run;
-        ASSERT_EQ(std::memcmp(memory.stats.download().data(), &stats, sizeof stats), 0) << "run " << run;
+    for (const std::int64_t n : {4000, 20000, 200000})
+        for (const auto& params : {total, single})
+            for (const bool one_code : {false, true}) {
+                const auto codes = one_code ? codes_t(static_cast<std::size_t>(n), 77) : skewed_codes(random, n, 500);
+                update_memory<float, float> memory(before, random.normals<float>(n, 24), codes, params);
+                memory.run();
+                const auto after = memory.state.download();
+                const auto stats = memory.stats.download()[0];
+                EXPECT_GT(stats.restarted_codes, 0);
+                for (int run = 1; run < 20; ++run) {
+                    memory.state.upload(before);
+                    memory.stats.fill(poison);
+                    memory.run();
+                    ASSERT_TRUE(same_state(memory.state.download(), after)) << n << " rows, run " << run;
+                    ASSERT_EQ(std::memcmp(memory.stats.download().data(), &stats, sizeof stats), 0) << "run " << run;
+                }
+            }
+}
+
+TEST_F(EmaTest, UpdateOfALargeBatchFollowsEveryRule) {
+    random_source random;
+    for (const auto& [name, params] : every_rule()) {
+        SCOPED_TRACE(name);
+        const auto [x, codes] = batch_with_bad_rows(random, 9000, 90, 130);
+        expect_updated(trained_state<float>(random, 90, 130), x, codes, params);
     }
 }
 

@@ -16,7 +16,8 @@
 
 namespace cuvq {
 
-/// Bytes of workspace that `accumulate` takes for this shape and these params: about 24 per row.
+/// Bytes of workspace that `accumulate` takes for this shape and these params: at most 24 per row and two copies of the
+/// codebook, and a few kilobytes.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t accumulate_workspace_bytes(const shape& s, const accumulate_params& = {}) {
     detail::check_shape("accumulate_workspace_bytes", s);

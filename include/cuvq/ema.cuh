@@ -31,8 +31,8 @@ struct update_tally {
         if (counters) CUVQ_CHECK_CUDA(cudaMemsetAsync(counters, 0, size * sizeof(*counters), stream));
     }
     unsigned long long* invalid_rows() const { return counters; }
-    dispatch::ema_tally ema() const {
-        return counters ? dispatch::ema_tally{counters + 1, counters + 2} : dispatch::ema_tally{};
+    kernel::ema_tally ema() const {
+        return counters ? kernel::ema_tally{counters + 1, counters + 2} : kernel::ema_tally{};
     }
     kernel::stats_parts parts(const float* counts, std::int64_t codes) const {
         kernel::stats_parts p;
@@ -67,9 +67,14 @@ void update(const update_args<T, X>& a, const ema_params& p, const dispatch::pro
             cudaStream_t stream) {
     const std::int64_t codes = a.state.codebook.rows, columns = a.state.codebook.columns;
     const accumulate_args<X> batch{a.x, a.codes, a.weights, {m.counts, codes}, {m.sums, codes, columns, columns}};
-    m.tally.clear(stream);
-    dispatch::accumulate(batch, false, from, m.accumulate, m.tally.invalid_rows(), stream);
     const ema_args<T, X> apply{a.state, read_only(batch.counts), read_only(batch.sums), a.x, a.replacement_indices};
+    m.tally.clear(stream);
+    if (gather_shapes::include(a.x.rows, columns) && !dispatch::needs_total(p)) {
+        dispatch::ema_update_gathered(batch, apply, p, from, p.stats ? m.counts : nullptr, m.tally.invalid_rows(),
+                                      m.tally.ema(), stream);
+        return;
+    }
+    dispatch::accumulate(batch, false, from, m.accumulate, m.tally.invalid_rows(), stream);
     dispatch::ema_apply(apply, p, m.ema, m.tally.ema(), stream);
 }
 

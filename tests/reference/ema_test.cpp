@@ -1340,5 +1340,36 @@ TEST(TrainStepTest, AConstantBatchIsLearnt) {
     }
 }
 
+// ---- several ranks --------------------------------------------------------------------------------------------------
+
+TEST(ReferenceEma, RanksThatShareABatchHoldTheStateOfASingleOne) {
+    constexpr std::int64_t n = 240, k = 12, d = 3;
+    random_source random;
+    const auto x = random.integers<float>(n, d, -9, 9);  // sums are exact in any order
+    codes_t codes;
+    for (std::int64_t i = 0; i < n; ++i) codes.push_back(static_cast<std::int32_t>(random.integer(0, k - 3)));
+    auto params = ema_params::vector_quantize_pytorch();  // the last two codes are dead
+    params.min_cluster_size = 1;
+    const auto before = host_state<float>(random.normals<float>(k, d));
+    auto single = before;
+    reference::ema_update(single.view(), x.view(), view(codes), params);
+    for (const std::int64_t ranks : {2, 3, 8}) {
+        statistics reduced(k, d);
+        for (std::int64_t r = 0; r < ranks; ++r) {
+            const auto begin = n * r / ranks, rows = n * (r + 1) / ranks - begin;
+            const auto share = matrix<float>::generate(rows, d, [&](auto i, auto c) { return x.at(begin + i, c); });
+            statistics own(k, d);
+            accumulate(share, codes_t(codes.begin() + begin, codes.begin() + begin + rows), own);
+            for (std::size_t j = 0; j < own.counts.size(); ++j) reduced.counts[j] += own.counts[j];
+            for (std::size_t e = 0; e < own.sums.data.size(); ++e) reduced.sums.data[e] += own.sums.data[e];
+        }
+        for (std::int64_t r = 0; r < ranks; ++r) {
+            auto state = before;
+            EXPECT_EQ(apply(state, reduced.counts, reduced.sums, x, params).restarted_codes, 2);
+            EXPECT_TRUE(same_bits(state, single)) << "rank " << r << " of " << ranks;
+        }
+    }
+}
+
 }  // namespace
 }  // namespace cuvq::test

@@ -102,4 +102,22 @@ void launch_dependent(void (*kernel)(Parameters...), unsigned blocks, unsigned t
     CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 }
 
+/// Whether `kernel` has code for Hopper or later cards, and so runs on one: launch_dependent is for such kernels only.
+template <class... Parameters>
+bool is_for_hopper(void (*kernel)(Parameters...)) {
+    cudaFuncAttributes attributes;
+    CUVQ_CHECK_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion >= 90;
+}
+
+/// As `launch`; `depends`: as `launch_dependent`.
+template <class... Parameters, class... Arguments>
+void launch_next(bool depends, void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+                 std::size_t shared_bytes, Arguments&&... arguments) {
+    if (depends)
+        launch_dependent(kernel, blocks, threads, stream, shared_bytes, 1, std::forward<Arguments>(arguments)...);
+    else
+        launch(kernel, blocks, threads, stream, shared_bytes, std::forward<Arguments>(arguments)...);
+}
+
 }  // namespace cuvq::detail

@@ -1,6 +1,7 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// The launches of an `accumulate`: sort rows by code, sum runs, merge what spans runs.
+// The launches of an `accumulate`: sort rows by code (three for each digit), sum runs, merge
+// what spans runs; or just one for a small batch.
 #pragma once
 
 #include <algorithm>
@@ -8,12 +9,12 @@
 #include <cstdint>
 
 #include <cuda_runtime.h>
-#include <cub/device/device_radix_sort.cuh>
 
 #include <cuvq/detail/launch.cuh>
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/dispatch/tuning.cuh>
 #include <cuvq/kernel/accumulate.cuh>
+#include <cuvq/kernel/gather.cuh>
 #include <cuvq/workspace.hpp>
 
 namespace cuvq::dispatch {
@@ -29,46 +30,66 @@ inline void check_codes(const char* function, const char* argument, std::int64_t
         detail::bad_argument(function, argument, detail::text(codes) + " rows", "at most 2^32 - 2 codes");
 }
 
-struct accumulate_scratch {
-    std::int64_t slice = 0;                      // rows sorted at a time
-    std::int64_t run = 0;                        // rows of a partial sum
-    std::uint32_t *keys[2] = {}, *rows[2] = {};  // [slice] each
-    double* partial_sums = nullptr;              // [runs][2][D]
-    double* partial_counts = nullptr;            // [runs][2]
-    void* sort = nullptr;                        // [sort_bytes]
-    std::size_t sort_bytes = 0;
+/// How the rows of a slice are sorted: passes over digits of the code, from the lowest.
+struct sort_plan {
+    using few_bins = kernel::sort_block<512>;
+    using many_bins = kernel::sort_block<256>;
 
-    accumulate_scratch(detail::carver& c, const shape& s)
-        : slice(std::min(s.vectors, most_slice_rows)), run(sum_tile::rows(s.dimensions)) {
-        const std::int64_t runs = (slice + run - 1) / run;
-        for (int i = 0; i < 2; ++i) {
-            keys[i] = c.take<std::uint32_t>(slice);
-            rows[i] = c.take<std::uint32_t>(slice);
-        }
-        partial_sums = c.take<double>(runs * 2 * s.dimensions);
-        partial_counts = c.take<double>(runs * 2);
-        // What CUB asks for depends on the device; this covers its one-sweep sort (a histogram of 256 bins for every
-        // tile of at least 2048 pairs, and a few kilobytes) without asking. Were it ever too little, `sort_rows`
-        // allocates.
-        sort_bytes = slice > 0 ? static_cast<std::size_t>(slice / 2 + 65536) : 0;
-        sort = c.take<char>(static_cast<std::int64_t>(sort_bytes));
+    int passes = 1, bits = 0;  // of a digit
+    std::uint32_t bins = 0;    // of a pass, at most
+    std::int64_t chunk = 0;    // rows of a block
+    std::uint32_t chunks = 0;  // blocks
+    bool has_few_bins = true;
+
+    sort_plan(std::int64_t rows, std::int64_t codes) {
+        constexpr std::int64_t wanted_chunks = 256;
+        int code_bits = 1;
+        while (code_bits < 32 && (codes - 1) >> code_bits != 0) ++code_bits;
+        while (codes > many_bins::most_bins && (code_bits + passes - 1) / passes > 11) ++passes;
+        bits = (code_bits + passes - 1) / passes;
+        bins = static_cast<std::uint32_t>(passes == 1 ? codes : std::int64_t{1} << bits);
+        has_few_bins = bins <= few_bins::most_bins;
+        const std::int64_t unit = has_few_bins ? few_bins::threads : 4 * many_bins::threads;
+        chunk = std::max<std::int64_t>(1, (rows + wanted_chunks * unit - 1) / (wanted_chunks * unit)) * unit;
+        chunks = static_cast<std::uint32_t>(std::max<std::int64_t>(1, (rows + chunk - 1) / chunk));
+    }
+    kernel::digit_pass pass(int i) const {
+        kernel::digit_pass p;
+        p.shift = i * bits;
+        p.mask = passes == 1 ? 0xFFFFFFFFu : bins - 1;
+        p.bins = bins;
+        p.chunk = chunk;
+        return p;
     }
 };
 
-/// Sorts (keys[0], rows[0]) by key, stable; returns which of the two buffers hold the result.
-inline int sort_rows(const accumulate_scratch& m, std::int64_t count, std::int64_t codes, cudaStream_t stream) {
-    int bits = 1;
-    while (bits < 32 && (codes >> bits) != 0) ++bits;
-    cub::DoubleBuffer<std::uint32_t> keys(m.keys[0], m.keys[1]), rows(m.rows[0], m.rows[1]);
-    std::size_t bytes = 0;
-    const int n = static_cast<int>(count);
-    CUVQ_CHECK_CUDA(cub::DeviceRadixSort::SortPairs(nullptr, bytes, keys, rows, n, 0, bits, stream));
-    const bool fits = bytes <= m.sort_bytes;
-    const detail::scratch extra("accumulate", {}, fits ? 0 : bytes, stream);
-    CUVQ_CHECK_CUDA(
-        cub::DeviceRadixSort::SortPairs(fits ? m.sort : extra.data(), bytes, keys, rows, n, 0, bits, stream));
-    return keys.selector;
-}
+struct accumulate_scratch {
+    std::int64_t slice = 0;              // rows sorted at a time
+    std::int64_t run = 0;                // rows of a partial sum
+    kernel::coded_row* rows[2] = {};     // [slice] each; the second where there are several passes, or rows to check
+    std::uint32_t* histogram = nullptr;  // [chunks][bins], dead before the partial sums are written over it
+    std::uint32_t* totals = nullptr;     // [bins]
+    std::uint32_t* placed = nullptr;     // [2] rows that a pass has sorted
+    std::uint32_t* last_run = nullptr;   // [K]
+    double* partial_sums = nullptr;      // [runs][2][D]
+    double* partial_counts = nullptr;    // [runs][2]
+
+    accumulate_scratch(detail::carver& c, const shape& s)
+        : slice(std::min(s.vectors, most_slice_rows)), run(sum_tile::rows(slice, s.codes, s.dimensions)) {
+        if (gather_shapes::include(s.vectors, s.dimensions)) return;  // needs none
+        const sort_plan plan(slice, s.codes);
+        rows[0] = c.take<kernel::coded_row>(slice);
+        if (plan.passes > 1 || s.dimensions > sum_tile::columns) rows[1] = c.take<kernel::coded_row>(slice);
+        totals = c.take<std::uint32_t>(plan.bins);
+        placed = c.take<std::uint32_t>(2);
+        last_run = c.take<std::uint32_t>(s.codes);
+        const std::int64_t runs = (slice + run - 1) / run;
+        partial_counts = c.take<double>(runs * 2);
+        const std::int64_t histogram_words = (std::int64_t{plan.chunks} * plan.bins + 1) / 2;
+        partial_sums = c.take<double>(std::max(runs * 2 * s.dimensions, histogram_words));
+        histogram = reinterpret_cast<std::uint32_t*>(partial_sums);
+    }
+};
 
 /// What the search that made the codes knows of them.
 struct provenance {
@@ -76,30 +97,106 @@ struct provenance {
     vector_ref<const float> distances{};  // NaN for a row without a code, where the codes cannot say so; or null
 };
 
+/// One pass of the sort. `clears`: sets counts and sums to zero on the way. `depends`: see detail::launch_next.
+template <class Block>
+void sort_pass(const kernel::row_source& source, const kernel::digit_pass& pass, std::uint32_t chunks,
+               const accumulate_scratch& m, kernel::coded_row* to, std::uint32_t* placed, bool clears,
+               const vector_ref<float>& counts, const matrix_ref<float>& sums, bool depends, cudaStream_t stream) {
+    detail::launch_next(depends, kernel::count_digits<Block>, chunks, Block::threads, stream,
+                        Block::count_bytes(pass.bins), source, pass, m.histogram, clears, counts, sums);
+    using scan = kernel::scan_tile;
+    detail::launch_next(depends, kernel::scan_histograms<scan>, (pass.bins + scan::bins - 1) / scan::bins,
+                        scan::bins * scan::warps, stream, 0, m.histogram, chunks, pass.bins, m.totals);
+    detail::launch_next(depends, kernel::place_rows<Block>, chunks, Block::threads, stream,
+                        Block::place_bytes(pass.bins), source, pass, m.histogram, m.totals, to, placed);
+}
+
+inline kernel::row_source rows_of(const const_codes_ref& codes, const vector_ref<const float>& weights,
+                                  const provenance& from, std::int64_t code_count, std::int64_t first,
+                                  std::int64_t count) {
+    kernel::row_source source;
+    source.first_row = first;
+    source.count = count;
+    source.codes = codes;
+    source.weights = weights;
+    source.distances = from.distances;
+    source.code_count = code_count;
+    return source;
+}
+
+/// The launch that sums a small batch, for either tile.
+struct gather_plan {
+    kernel::row_source source;
+    int block_bits = 0;  // log2 of the codes of a block
+    bool vectors = false, checks = false;
+
+    template <class X>
+    gather_plan(const detail::accumulate_args<X>& a, const provenance& from)
+        : source(rows_of(a.codes, a.weights, from, a.sums.rows, 0, a.x.rows)),
+          block_bits(gather_shapes::block_bits(a.sums.rows, a.x.columns)),
+          vectors(kernel::has_vectors<gather_tile<1>::columns / 32>(a.x)),
+          checks(a.x.columns > gather_tile<1>::columns && !from.trusted) {}
+
+    /// Launches the kernel in clusters where the card has them: `in_clusters` and `alone` are it with either tile.
+    template <class... Parameters, class... Arguments>
+    static void launch(std::int64_t codes, int block_bits, void (*in_clusters)(Parameters...),
+                       void (*alone)(Parameters...), cudaStream_t stream, const Arguments&... arguments) {
+        constexpr unsigned cluster = 8, threads = gather_tile<cluster>::threads;
+        const std::int64_t blocks = ((codes - 1) >> block_bits) + 1;
+        if (detail::is_for_hopper(in_clusters))
+            detail::launch_dependent(in_clusters, static_cast<unsigned>((blocks - 1) / cluster + 1) * cluster, threads,
+                                     stream, 0, cluster, arguments...);
+        else
+            detail::launch(alone, static_cast<unsigned>(blocks), threads, stream, 0, arguments...);
+    }
+};
+
 /// @param invalid_rows  [1] gets the rows left out added, or null.
 template <class X>
 void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance& from, const accumulate_scratch& m,
                 unsigned long long* invalid_rows, cudaStream_t stream) {
+    if (gather_shapes::include(a.x.rows, a.x.columns)) {
+        const gather_plan plan(a, from);
+        plan.launch(a.sums.rows, plan.block_bits, kernel::gather<gather_tile<8>, X>, kernel::gather<gather_tile<1>, X>,
+                    stream, a, plan.source, plan.block_bits, plan.vectors, plan.checks, add, invalid_rows);
+        return;
+    }
     constexpr std::int64_t most = 1 << 20;
+    constexpr int vector = sum_tile::columns / 32;
     const std::int64_t columns = a.x.columns, codes = a.sums.rows;
     const std::int64_t slices = (columns - 1) / sum_tile::columns + 1;
+    const bool vectors = kernel::has_vectors<vector>(a.x);
+    const bool depends = detail::is_for_hopper(kernel::sum_runs<sum_tile, X>);
     std::int64_t first = 0;
     do {  // once at least: an empty batch still writes counts and sums
         const std::int64_t count = std::min(m.slice, a.x.rows - first);
-        kernel::sorted_rows s{m.keys[0], m.rows[0], count, first, m.run, m.partial_sums, m.partial_counts};
         const bool onto = add || first > 0;
-        if (count > 0) {
-            detail::launch(kernel::sort_keys<X>, detail::blocks_for(count, 8, most), 256, stream, 0, a.x, a.codes,
-                           a.weights, from.distances, codes, from.trusted, first, count, m.keys[0], m.rows[0]);
-            const int sorted = sort_rows(m, count, codes, stream);
-            s.keys = m.keys[sorted];
-            s.rows = m.rows[sorted];
-            const std::int64_t work = ((count - 1) / m.run + 1) * slices;
-            detail::launch(kernel::sum_runs<sum_tile, X>, detail::blocks_for(work, sum_tile::threads / 32, most),
-                           sum_tile::threads, stream, 0, a, s, onto);
+        const sort_plan plan(m.slice, codes);
+        kernel::row_source source = rows_of(a.codes, a.weights, from, codes, first, count);
+        int into = 0;
+        if (count > 0 && slices > 1 && !from.trusted) {
+            detail::launch_next(depends, kernel::list_finite_rows<X>, detail::blocks_for(count, 8, most), 256, stream,
+                                0, a.x, source, m.rows[1]);
+            source.rows = m.rows[1];
         }
-        detail::launch(kernel::merge_runs<sum_tile, X>, detail::blocks_for(codes * slices, 1, most), sum_tile::threads,
-                       stream, 0, a, s, onto, invalid_rows);
+        for (int i = 0; i < plan.passes; ++i) {
+            const auto sort = plan.has_few_bins ? sort_pass<sort_plan::few_bins> : sort_pass<sort_plan::many_bins>;
+            sort(source, plan.pass(i), plan.chunks, m, m.rows[into], m.placed + into, i == 0 && !onto, a.counts, a.sums,
+                 depends, stream);
+            source.rows = m.rows[into];
+            source.row_count = m.placed + into;
+            into = 1 - into;
+        }
+        if (count > 0) {
+            const kernel::sorted_rows s{source.rows,    source.row_count, first,     count, m.run,
+                                        m.partial_sums, m.partial_counts, m.last_run};
+            const std::int64_t runs = (count + m.run - 1) / m.run;
+            detail::launch_next(depends, kernel::sum_runs<sum_tile, X>, static_cast<unsigned>(runs * slices),
+                                sum_tile::threads, stream, 0, a, s, vectors, onto, invalid_rows);
+            if (runs > 1)
+                detail::launch_next(depends, kernel::merge_runs<sum_tile>, static_cast<unsigned>((runs - 1) * slices),
+                                    sum_tile::merge_threads, stream, 0, a.counts, a.sums, s, onto);
+        }
         first += count;
     } while (first < a.x.rows);
 }

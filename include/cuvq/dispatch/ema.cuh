@@ -1,6 +1,7 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// The launches of an `ema_apply`: one, or two where the sum of the cluster sizes is needed first.
+// The launches of an `ema_apply`: one, or two where the sum of the cluster sizes is needed first. And the one of an
+// `ema_update` of a small batch.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,8 @@
 
 #include <cuvq/detail/launch.cuh>
 #include <cuvq/detail/validate.hpp>
+#include <cuvq/dispatch/accumulate.cuh>
+#include <cuvq/dispatch/tuning.cuh>
 #include <cuvq/kernel/ema.cuh>
 #include <cuvq/params.hpp>
 
@@ -26,24 +29,37 @@ struct ema_scratch {
     }
 };
 
-/// Counters that the update adds to, or null.
-struct ema_tally {
-    unsigned long long* restarted = nullptr;
-    unsigned long long* skipped = nullptr;
-};
-
-template <class T, class R>
-void ema_apply(const detail::ema_args<T, R>& a, const ema_params& p, const ema_scratch& m, const ema_tally& tally,
-               cudaStream_t stream) {
-    constexpr unsigned threads = 128;
+inline device::ema_step ema_step_of(const ema_params& p) {
     device::ema_step step;
     step.keep = static_cast<float>(p.decay);
     step.take = static_cast<float>(1.0 - p.decay);
+    return step;
+}
+
+template <class T, class R>
+void ema_apply(const detail::ema_args<T, R>& a, const ema_params& p, const ema_scratch& m,
+               const kernel::ema_tally& tally, cudaStream_t stream) {
+    constexpr unsigned threads = 128;
+    const device::ema_step step = ema_step_of(p);
+    const bool depends = detail::is_for_hopper(kernel::ema_apply<threads, T, R>);
     if (needs_total(p))
-        detail::launch(kernel::sum_sizes<threads, T, R>, kernel::total_parts, threads, stream, 0, a, p, step, m.parts);
-    detail::launch(kernel::ema_apply<threads, T, R>,
-                   detail::blocks_for(a.counts.size, threads / 32, kernel::most_ema_blocks), threads, stream, 0, a, p,
-                   step, needs_total(p) ? m.parts : nullptr, tally.restarted, tally.skipped);
+        detail::launch_next(depends, kernel::sum_sizes<threads, T, R>, kernel::total_parts, threads, stream, 0, a, p,
+                            step, m.parts);
+    detail::launch_next(depends, kernel::ema_apply<threads, T, R>,
+                        detail::blocks_for(a.counts.size, threads / 32, kernel::most_ema_blocks), threads, stream, 0, a,
+                        p, step, needs_total(p) ? m.parts : nullptr, tally);
+}
+
+/// accumulate and ema_apply of a batch of `gather_shapes`, in one launch, where no total is needed.
+/// @param counts  [K] gets the counts, or null.
+template <class T, class X>
+void ema_update_gathered(const detail::accumulate_args<X>& a, const detail::ema_args<T, X>& update, const ema_params& p,
+                         const provenance& from, float* counts, unsigned long long* invalid_rows,
+                         const kernel::ema_tally& tally, cudaStream_t stream) {
+    const gather_plan plan(a, from);
+    plan.launch(a.sums.rows, plan.block_bits, kernel::ema_update_gathered<gather_tile<8>, T, X>,
+                kernel::ema_update_gathered<gather_tile<1>, T, X>, stream, a, plan.source, update, p, ema_step_of(p),
+                plan.block_bits, plan.vectors, plan.checks, counts, invalid_rows, tally);
 }
 
 }  // namespace cuvq::dispatch

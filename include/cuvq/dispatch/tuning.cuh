@@ -65,12 +65,63 @@ using mma_streamed = mma_tile<64, 256, 2, true, 1>;  // any
 /// simt_tile has them, and rows at most.
 inline constexpr long long most_simt_steps = 16, most_simt_rows = 8192;
 
-/// `kernel/accumulate.cuh`: a warp sums `columns` columns of a run of sorted rows.
+/// `kernel/accumulate.cuh`: a block sums `columns` columns of a run of sorted rows, each warp at most `rows_per_warp`
+/// at a time; `blocks` of them fit a multiprocessor. `merge_threads` add up the runs of a code.
 struct sum_tile {
-    static constexpr int threads = 128;
+    static constexpr int threads = 256;
+    static constexpr int blocks = 2;
     static constexpr int columns = 128;
-    /// Rows of one partial sum, in double. Growing with D it keeps the partial sums at about 7 bytes per row.
-    static constexpr long long rows(long long dimensions) { return dimensions > 32 ? 9 * dimensions / 4 : 72; }
+    static constexpr int rows_per_warp = 64;
+    static constexpr int merge_threads = 512;
+    static constexpr long long wanted_runs = 1024;
+    static constexpr long long least_rows = 8 * threads / 32;  // of a run: a batch of loads for each warp
+
+    /// Rows of one run, for `count` rows: short enough that all multiprocessors are busy, long enough that the partial
+    /// sums, in double, take at most 8 bytes per row and two copies of the codebook.
+    static constexpr long long rows(long long count, long long codes, long long dimensions) {
+        constexpr long long unit = least_rows, most = rows_per_warp * threads / 32;
+        long long run = count / wanted_runs / unit * unit;
+        run = run < unit ? unit : run > most ? most : run;
+        // Each run has two parts of D doubles.
+        const long long room = count / (2 * dimensions) + codes / 2;
+        if (count / run >= room) {
+            const long long most_runs = room > 1 ? room - 1 : 1;
+            run = (count / most_runs / unit + 1) * unit;
+            if (run > most) run = (run + most - 1) / most * most;
+        }
+        return run;
+    }
+};
+
+/// `kernel/gather.cuh`: `cluster` blocks look through the codes of `rows` rows each at a time, and sum those of their
+/// `most_codes` codes each. Otherwise as `sum_tile`.
+template <int Cluster>
+struct gather_tile {
+    static constexpr int threads = 256;
+    static constexpr int blocks = 2;
+    static constexpr int columns = 128;
+    static constexpr int cluster = Cluster;
+    static constexpr int rows = 1024;
+    static constexpr int most_codes = 8;    // of a block
+    static constexpr int most_sums = 1024;  // codes of a block times D
+};
+
+/// The shapes that are summed by `gather_tile`, in one launch.
+struct gather_shapes {
+    static constexpr long long most_rows = 8192;
+    static constexpr long long most_columns = gather_tile<1>::most_sums;
+
+    static constexpr bool include(long long rows, long long dimensions) {
+        return rows <= most_rows && dimensions <= most_columns;
+    }
+    /// Log2 of the codes of a block: few enough that all multiprocessors of a large card have a block.
+    static constexpr int block_bits(long long codes, long long dimensions) {
+        using tile = gather_tile<1>;
+        int bits = 0;
+        while ((2 << bits) <= tile::most_codes && (2 << bits) * dimensions <= tile::most_sums && codes > 128LL << bits)
+            ++bits;
+        return bits;
+    }
 };
 
 }  // namespace cuvq

@@ -1,56 +1,54 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
 // Counts and sums of each code without a one-hot matrix, in an order that nothing but the input decides: rows are
-// sorted by code (stable, so by row within a code), runs of `run` sorted rows are summed by a warp each, and the
-// partial sums of a code that spans several runs are added in order.
+// sorted by code (kernel/sort_rows.cuh), a block sums a run of sorted rows whatever their codes, and the partial sums
+// of a code that spans several runs are added in order. So every block reads as many rows as the next, however skewed
+// the codes are.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
 #include <cuvq/detail/validate.hpp>
-#include <cuvq/device/accumulate.cuh>
+#include <cuvq/kernel/hopper.cuh>
+#include <cuvq/kernel/sort_rows.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::kernel {
 
-/// Row i sorts under its code, or under K if it is left out. `trusted`: x was checked when the codes were made.
-/// `distances`: those that came with the codes, NaN for a row without one; or null. A warp a row.
+/// Lists the rows of a slice with their codes, those that hold a NaN or Inf without. A warp a row. For rows that are
+/// summed by several blocks, none of which would see the whole of a row.
 template <class X>
-__global__ void sort_keys(matrix_ref<const X> x, const_codes_ref codes, vector_ref<const float> weights,
-                          vector_ref<const float> distances, std::int64_t code_count, bool trusted,
-                          std::int64_t first_row, std::int64_t row_count, std::uint32_t* keys, std::uint32_t* rows) {
+__global__ void list_finite_rows(matrix_ref<const X> x, row_source source, coded_row* rows) {
+    wait_for_predecessor();
+    let_successor_start();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t warps = std::int64_t{gridDim.x} * blockDim.x / 32;
-    for (std::int64_t i = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32; i < row_count; i += warps) {
-        const std::int64_t row = first_row + i, code = codes.load(row);
-        bool valid = code >= 0 && code < code_count;
-        if (weights) valid = valid && weights[row] >= 0 && isfinite(weights[row]);
-        if (distances) valid = valid && !isnan(distances[row]);
-        if (valid && !trusted) {
-            bool finite = true;
-            for (std::int64_t d = lane; d < x.columns; d += 32)
-                finite = finite && isfinite(static_cast<float>(x.row(row)[d]));
-            valid = __all_sync(0xFFFFFFFFu, finite);
-        }
-        if (lane == 0) {
-            keys[i] = static_cast<std::uint32_t>(valid ? code : code_count);
-            rows[i] = static_cast<std::uint32_t>(i);
-        }
+    for (std::int64_t i = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32; i < source.count; i += warps) {
+        coded_row row[1];
+        source.load(i, source.count, row);
+        bool finite = true;
+        for (std::int64_t d = lane; d < x.columns; d += 32)
+            finite = finite && isfinite(static_cast<float>(x.row(source.first_row + i)[d]));
+        if (!__all_sync(0xFFFFFFFFu, finite)) row[0].code = coded_row::none;
+        if (lane == 0) rows[i] = row[0];
     }
 }
 
 /// Rows in sorted order, and the partial sums of runs of them. A run is summed segment by segment, a segment being
 /// its rows of one code; one that reaches the run's edge while its code goes on beyond it is partial.
 struct sorted_rows {
-    const std::uint32_t* keys;  // [count] ascending
-    const std::uint32_t* rows;  // [count] row of the slice
-    std::int64_t count;         // rows of the slice
-    std::int64_t first_row;     // of the slice in x
-    std::int64_t run;           // rows per run
-    double* partial_sums;       // [runs][2][D]: the segment that holds the run's first row; the last one, if another
-    double* partial_counts;     // [runs][2] sums of weights
+    const coded_row* rows;       // [*count] by code
+    const std::uint32_t* count;  // rows that have a code
+    std::int64_t first_row;      // of the slice in x
+    std::int64_t slice_rows;     // with a code or not
+    std::int64_t run;            // rows per run
+    double* partial_sums;        // [runs][2][D]: the segment that holds the run's first row; the last one, if another
+    double* partial_counts;      // [runs][2] sums of weights
+    std::uint32_t* last_run;     // [K] of a code that spans several: written where it ends
 };
 
 /// Rows added up in float before they go onto a sum in double: with 2^-24 for each addition, 8 rows are the most that
@@ -62,128 +60,348 @@ __device__ inline void put(float& to, double value, bool add) {
     to = static_cast<float>(add ? value + static_cast<double>(to) : value);
 }
 
-/// Sums of the segments of every run: whole codes to `counts` and `sums`, parts of codes to the partial sums.
-/// A warp takes Tile::columns columns of a run.
-template <class Tile, class X>
-__global__ __launch_bounds__(Tile::threads) void sum_runs(detail::accumulate_args<X> a, sorted_rows s, bool add) {
-    constexpr int V = Tile::columns / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const std::int64_t columns = a.x.columns, code_count = a.sums.rows;
-    const std::int64_t slices = (columns - 1) / Tile::columns + 1;
-    const std::int64_t work = ((s.count - 1) / s.run + 1) * slices,
-                       warps = std::int64_t{gridDim.x} * Tile::threads / 32;
-    for (std::int64_t w = (std::int64_t{blockIdx.x} * Tile::threads + threadIdx.x) / 32; w < work; w += warps) {
-        const std::int64_t run = w / slices, first = (w % slices) * Tile::columns + lane;
-        const std::int64_t begin = run * s.run, end = begin + s.run < s.count ? begin + s.run : s.count;
-        for (std::int64_t at = begin; at < end;) {
-            const std::uint32_t key = s.keys[at];
-            if (key >= code_count) break;  // only left-out rows from here on
-            const bool starts_before = at == begin && begin > 0 && s.keys[begin - 1] == key, opens = at == begin;
-            double sum[V] = {}, count = 0;
-            while (at < end && s.keys[at] == key) {
-                const std::int64_t start = at;
-                float part[V] = {};
-                const std::int64_t stop = at + most_float_rows < end ? at + most_float_rows : end;
-#pragma unroll 4
-                for (; at < stop && s.keys[at] == key; ++at) {
-                    const std::int64_t row = s.first_row + s.rows[at];
-                    const float weight = a.weights ? a.weights[row] : 1.0f;
-                    count += weight;
-                    device::accumulate_row(part, a.x.row(row), weight, columns, first, 32);
-                }
+/// One lane's share of several rows, as float: `Columns` columns from `first` on, or, beyond the last column, some that
+/// others have too, so that no lane reads beyond a row and all reads are under way before the first is used. `vectors`:
+/// rows are aligned to Columns elements, which divide their number of columns. x is read once: it should not push the
+/// sorted rows out of the caches.
+template <int Rows, int Columns, class X>
+__device__ inline void read_rows(float (&value)[Rows][Columns], const X* const (&row)[Rows], std::int64_t first,
+                                 std::int64_t columns, bool vectors) {
+    using word = std::conditional_t<Columns * sizeof(X) == 16, uint4, uint2>;
+    static_assert(sizeof(word) == Columns * sizeof(X), "a vector read of 8 or 16 bytes");
+    if (vectors) {
+        const std::int64_t at = first < columns ? first : columns - Columns;
+        word bits[Rows];
 #pragma unroll
-                for (int i = 0; i < V; ++i) {
-                    if (isfinite(part[i])) {
-                        sum[i] += part[i];
-                    } else if (first + 32 * i < columns) {  // float overflowed on the way; double does not
-                        for (std::int64_t again = start; again < at; ++again) {
-                            const std::int64_t row = s.first_row + s.rows[again];
-                            sum[i] += static_cast<double>(a.weights ? a.weights[row] : 1.0f) *
-                                      static_cast<double>(static_cast<float>(a.x.row(row)[first + 32 * i]));
-                        }
-                    }
-                }
-            }
-            const bool goes_on = at == end && end < s.count && s.keys[end] == key;
-            const bool partial = starts_before || goes_on;
-            const std::int64_t slot = 2 * run + (opens ? 0 : 1);
+        for (int j = 0; j < Rows; ++j) bits[j] = __ldcs(reinterpret_cast<const word*>(row[j] + at));
 #pragma unroll
-            for (int i = 0; i < V; ++i) {
-                const std::int64_t d = first + 32 * i;
-                if (d >= columns) continue;
-                if (partial)
-                    s.partial_sums[slot * columns + d] = sum[i];
-                else
-                    put(a.sums.row(key)[d], sum[i], add);
-            }
-            if (lane == 0 && w % slices == 0) {
-                if (partial)
-                    s.partial_counts[slot] = count;
-                else
-                    put(a.counts[key], count, add);
-            }
+        for (int j = 0; j < Rows; ++j) {
+            X element[Columns];
+            memcpy(element, &bits[j], sizeof(word));
+#pragma unroll
+            for (int c = 0; c < Columns; ++c) value[j][c] = static_cast<float>(element[c]);
+        }
+    } else {
+        X element[Rows][Columns];
+#pragma unroll
+        for (int c = 0; c < Columns; ++c) {
+            const std::int64_t at = first + c < columns ? first + c : columns - 1;
+#pragma unroll
+            for (int j = 0; j < Rows; ++j) element[j][c] = row[j][at];
+        }
+#pragma unroll
+        for (int j = 0; j < Rows; ++j)
+#pragma unroll
+            for (int c = 0; c < Columns; ++c) value[j][c] = static_cast<float>(element[j][c]);
+    }
+}
+
+/// What a warp holds of the segment that it is at: `Columns` columns a lane.
+template <int Columns>
+struct segment_sum {
+    double sum[Columns] = {};
+    double count = 0;
+    float part[Columns] = {};  // of the rows since the last fold
+
+    /// Whether part is finite in every lane. Whole warp, converged.
+    __device__ bool is_sound() const {
+        float probe = 0;  // NaN as soon as a part is NaN or Inf
+#pragma unroll
+        for (int c = 0; c < Columns; ++c) probe = __fmaf_rn(part[c], 0.0f, probe);
+        return __all_sync(0xFFFFFFFFu, probe == 0);
+    }
+    __device__ void fold() {
+#pragma unroll
+        for (int c = 0; c < Columns; ++c) {
+            sum[c] += part[c];
+            part[c] = 0;
         }
     }
-}
+};
 
-/// First position in [0, count) whose key is at least `key`.
-__device__ inline std::int64_t lower_bound(const std::uint32_t* keys, std::int64_t count, std::int64_t key) {
-    std::int64_t low = 0, high = count;
-    while (low < high) {
-        const std::int64_t middle = (low + high) / 2;
-        if (std::int64_t{keys[middle]} < key)
-            low = middle + 1;
-        else
-            high = middle;
+/// Rows of one code in a row, as a block has them: a column a thread.
+struct open_segment {
+    std::uint32_t code;
+    double sum = 0;    // of column threadIdx.x of the slice, if it has one
+    double count = 0;  // of weights; every thread has it
+};
+
+/// Shared memory of `sum_segments`: of each warp's rows, the segment that holds the first, and the last, if another.
+template <class Tile>
+struct segment_storage {
+    double sum[Tile::threads / 32][2][Tile::columns];
+    double count[Tile::threads / 32][2];
+    std::uint32_t code[Tile::threads / 32][2];  // none: no such segment
+};
+
+/// A block sums rows begin .. end - 1 of a list, sorted by code: columns slice .. slice + Tile::columns - 1 of each,
+/// segment by segment, in an order that depends on begin, end and `most` alone.
+///
+/// @param most      rows of a warp at a time.
+/// @param row_at    (i) -> coded_row, of the list.
+/// @param emit_warp (code, sum[columns of this lane], count): called by one warp where a whole segment lies within its
+///                  rows.
+/// @param emit      (open_segment): called by the block where another segment ends that is not the last.
+/// @param left_out  of this warp: rows that are not finite, which are not added, get counted.
+/// Returns the last segment. Ends with a barrier. `begin` < `end`.
+template <class Tile, class X, class RowAt, class EmitWarp, class Emit>
+__device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail::accumulate_args<X>& a,
+                                     std::int64_t first_row, std::int64_t slice, bool vectors, std::int64_t begin,
+                                     std::int64_t end, int most, unsigned& left_out, const RowAt& row_at,
+                                     const EmitWarp& emit_warp, const Emit& emit) {
+    constexpr int warps = Tile::threads / 32, columns_per_lane = Tile::columns / 32, batch = most_float_rows;
+    static_assert(Tile::threads >= Tile::columns, "a thread of the block merges a column");
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const std::int64_t columns = a.x.columns, first = slice + lane * columns_per_lane;  // column of this lane
+    open_segment open{row_at(begin).code};
+    for (std::int64_t round = begin; round < end; round += warps * most) {
+        const std::int64_t own_begin = round + warp * most;
+        const std::int64_t own_end = own_begin + most < end ? own_begin + most : end;
+        segment_sum<columns_per_lane> segment;
+        std::uint32_t code = coded_row::none;
+        bool is_first = true;
+        // What ends within the rows of a warp, but did not start with them, is a whole segment.
+        const auto flush = [&](bool is_last) {
+            if (is_first || is_last) {
+                const int slot = is_first ? 0 : 1;
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c)
+                    shared.sum[warp][slot][lane * columns_per_lane + c] = segment.sum[c];
+                if (lane == 0) {
+                    shared.count[warp][slot] = segment.count;
+                    shared.code[warp][slot] = code;
+                    if (is_first) shared.code[warp][1] = coded_row::none;
+                }
+            } else {
+                emit_warp(code, segment.sum, segment.count);
+            }
+            is_first = false;
+#pragma unroll
+            for (int c = 0; c < columns_per_lane; ++c) segment.sum[c] = 0;
+            segment.count = 0;
+        };
+        // The rows of lanes from .. to - 1 again, after float overflowed or a row turned out not to be finite: those
+        // are left out, the others added in double.
+        const auto add_one_by_one = [&](const coded_row& mine, float own_weight, int from, int to) {
+#pragma unroll
+            for (int c = 0; c < columns_per_lane; ++c) segment.part[c] = 0;
+#pragma unroll 1
+            for (int j = from; j < to; ++j) {
+                const std::uint32_t row = __shfl_sync(0xFFFFFFFFu, mine.row, j);
+                const float weight = __shfl_sync(0xFFFFFFFFu, own_weight, j);
+                float value[1][columns_per_lane];
+                read_rows(value, {a.x.row(first_row + row)}, first, columns, vectors);
+                bool finite = true;
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c) finite = finite && isfinite(value[0][c]);
+                if (__all_sync(0xFFFFFFFFu, finite)) {
+#pragma unroll
+                    for (int c = 0; c < columns_per_lane; ++c)
+                        segment.sum[c] += static_cast<double>(weight) * static_cast<double>(value[0][c]);
+                } else {
+                    segment.count -= weight;
+                    ++left_out;
+                }
+            }
+        };
+        const auto load = [&](std::int64_t i) { return i < own_end ? row_at(i) : coded_row{coded_row::none, 0}; };
+        coded_row next = load(own_begin + lane);
+        if (own_begin < own_end) code = __shfl_sync(0xFFFFFFFFu, next.code, 0);
+        for (std::int64_t at = own_begin; at < own_end; at += 32) {
+            const coded_row mine = next;
+            const bool valid = at + lane < own_end;
+            float own_weight = 1;
+            if (a.weights && valid) own_weight = a.weights[first_row + mine.row];
+            next = load(at + 32 + lane);
+            std::uint32_t before = __shfl_up_sync(0xFFFFFFFFu, mine.code, 1);
+            if (lane == 0) before = code;
+            const unsigned starts = __ballot_sync(0xFFFFFFFFu, valid && mine.code != before);
+            const int here = own_end - at < 32 ? static_cast<int>(own_end - at) : 32;
+            for (int j0 = 0; j0 < here; j0 += batch) {
+                // Beyond `here`, row 0 is read, and not used.
+                const X* row[batch];
+                float value[batch][columns_per_lane];
+#pragma unroll
+                for (int j = 0; j < batch; ++j)
+                    row[j] = a.x.row(first_row + __shfl_sync(0xFFFFFFFFu, mine.row, j0 + j));
+                read_rows(value, row, first, columns, vectors);
+                const int in_batch = here - j0 < batch ? here - j0 : batch;
+                unsigned marks = starts >> j0 & ((1u << in_batch) - 1);
+#pragma unroll 1
+                for (int from = 0; from < in_batch;) {  // one part of the batch for each segment in it
+                    if (marks >> from & 1) {
+                        flush(false);
+                        code = __shfl_sync(0xFFFFFFFFu, mine.code, j0 + from);
+                        marks &= marks - 1;
+                    }
+                    const int to = marks ? __ffs(static_cast<int>(marks)) - 1 : in_batch;
+#pragma unroll
+                    for (int j = 0; j < batch; ++j) {
+                        const float weight = a.weights ? __shfl_sync(0xFFFFFFFFu, own_weight, j0 + j) : 1.0f;
+                        if (j < from || j >= to) continue;
+#pragma unroll
+                        for (int c = 0; c < columns_per_lane; ++c)
+                            segment.part[c] = __fmaf_rn(weight, value[j][c], segment.part[c]);
+                        if (a.weights) segment.count += weight;
+                    }
+                    if (!a.weights) segment.count += to - from;
+                    if (segment.is_sound())
+                        segment.fold();
+                    else
+                        add_one_by_one(mine, own_weight, j0 + from, j0 + to);
+                    from = to;
+                }
+            }
+        }
+        if (own_begin < own_end)
+            flush(true);
+        else if (lane == 0)
+            shared.code[warp][0] = shared.code[warp][1] = coded_row::none;
+        __syncthreads();
+        // The segments of all warps in order, each read while the one before it is added.
+        static_assert(2 * warps <= 32, "a lane for each segment");
+        const std::uint32_t code_of_lane =
+            lane < 2 * warps ? shared.code[lane / 2][lane % 2] : std::uint32_t{coded_row::none};
+        unsigned left = __ballot_sync(0xFFFFFFFFu, code_of_lane != coded_row::none);
+        const int own_column = static_cast<int>(threadIdx.x) % Tile::columns;
+        int i = __ffs(static_cast<int>(left)) - 1;
+        double sum = shared.sum[i / 2][i % 2][own_column], weights = shared.count[i / 2][i % 2];
+#pragma unroll 1
+        while (left) {
+            left &= left - 1;
+            const int after = left ? __ffs(static_cast<int>(left)) - 1 : i;
+            const double next_sum = shared.sum[after / 2][after % 2][own_column];
+            const double next_weights = shared.count[after / 2][after % 2];
+            const std::uint32_t next_code = __shfl_sync(0xFFFFFFFFu, code_of_lane, i);
+            if (next_code != open.code) {
+                emit(open);
+                open = {next_code};
+            }
+            open.sum += sum;
+            open.count += weights;
+            i = after;
+            sum = next_sum;
+            weights = next_weights;
+        }
+        __syncthreads();
     }
-    return low;
+    return open;
 }
 
-/// The codes that `sum_runs` could not finish: those of several runs, and those without rows. A block takes
-/// Tile::columns columns of a code; its warps take every Tile::threads / 32-th run. Adds the rows that were left out
-/// to `invalid_rows` if there is one.
+/// Whether x can be read by vectors of `Columns` elements.
+template <int Columns, class X>
+bool has_vectors(const matrix_ref<const X>& x) {
+    return x.columns % Columns == 0 && x.stride % Columns == 0 &&
+           reinterpret_cast<std::uintptr_t>(x.data) % (Columns * sizeof(X)) == 0;
+}
+
+/// Sums of the segments of every run: whole codes to `counts` and `sums`, parts of codes to the partial sums. A block
+/// takes Tile::columns columns of a run. `vectors`: see `has_vectors`, of the columns of a lane.
 template <class Tile, class X>
-__global__ __launch_bounds__(Tile::threads) void merge_runs(detail::accumulate_args<X> a, sorted_rows s, bool add,
-                                                            unsigned long long* invalid_rows) {
-    constexpr int V = Tile::columns / 32, warps = Tile::threads / 32;
+__global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::accumulate_args<X> a, sorted_rows s,
+                                                                        bool vectors, bool add,
+                                                                        unsigned long long* invalid_rows) {
+    constexpr int warps = Tile::threads / 32, columns_per_lane = Tile::columns / 32;
+    __shared__ segment_storage<Tile> storage;
+    wait_for_predecessor();
+    let_successor_start();
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const std::int64_t columns = a.x.columns, slices = (columns - 1) / Tile::columns + 1;
+    const std::int64_t run = blockIdx.x / slices, slice = blockIdx.x % slices * Tile::columns;
+    const std::int64_t count = *s.count, begin = run * s.run;
+    const std::int64_t end = begin + s.run < count ? begin + s.run : count;
+    if (invalid_rows && blockIdx.x == 0 && threadIdx.x == 0)
+        atomicAdd(invalid_rows, static_cast<unsigned long long>(s.slice_rows - count));
+    if (begin >= end) return;
+
+    const std::int64_t column = slice + threadIdx.x;
+    const bool has_column = threadIdx.x < Tile::columns && column < columns;
+    const bool starts_before = begin > 0 && s.rows[begin - 1].code == s.rows[begin].code;
+    bool opens = true;  // the segment holds the first row of the run
+    const auto close = [&](const open_segment& segment, bool goes_on) {
+        if ((opens && starts_before) || goes_on) {
+            const std::int64_t slot = 2 * run + (opens ? 0 : 1);
+            if (has_column) s.partial_sums[slot * columns + column] = segment.sum;
+            if (threadIdx.x == 0 && slice == 0) {
+                s.partial_counts[slot] = segment.count;
+                if (!goes_on) s.last_run[segment.code] = static_cast<std::uint32_t>(run);
+            }
+        } else {
+            if (has_column) put(a.sums.row(segment.code)[column], segment.sum, add);
+            if (threadIdx.x == 0 && slice == 0) put(a.counts[segment.code], segment.count, add);
+        }
+        opens = false;
+    };
+
+    unsigned left_out = 0;
+    const int most = static_cast<int>(s.run / warps < Tile::rows_per_warp ? s.run / warps : Tile::rows_per_warp);
+    const open_segment last = sum_segments(
+        storage, a, s.first_row, slice, vectors, begin, end, most, left_out, [&](std::int64_t i) { return s.rows[i]; },
+        [&](std::uint32_t code, const double(&sum)[columns_per_lane], double weights) {
+            const std::int64_t first = slice + lane * columns_per_lane;
+#pragma unroll
+            for (int c = 0; c < columns_per_lane; ++c)
+                if (first + c < columns) put(a.sums.row(code)[first + c], sum[c], add);
+            if (lane == 0 && slice == 0) put(a.counts[code], weights, add);
+        },
+        [&](const open_segment& segment) { close(segment, false); });
+    close(last, end < count && s.rows[end].code == last.code);
+    if (invalid_rows && left_out > 0 && slice == 0 && lane == 0)
+        atomicAdd(invalid_rows, static_cast<unsigned long long>(left_out));
+}
+
+/// The codes of several runs. A block takes Tile::columns columns of the one that starts in its run and goes on beyond
+/// it, if there is one; its warps take every Tile::merge_threads / 32-th run.
+template <class Tile>
+__global__ __launch_bounds__(Tile::merge_threads) void merge_runs(vector_ref<float> counts, matrix_ref<float> sums,
+                                                                  sorted_rows s, bool add) {
+    constexpr int warps = Tile::merge_threads / 32, columns_per_lane = Tile::columns / 32, ahead = 4;
     __shared__ double shared_sum[warps][Tile::columns];
+    wait_for_predecessor();
+    let_successor_start();
     __shared__ double shared_count[warps];
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const std::int64_t columns = a.x.columns, slices = (columns - 1) / Tile::columns + 1;
-    if (invalid_rows && blockIdx.x == 0 && threadIdx.x == 0)
-        *invalid_rows += static_cast<unsigned long long>(s.count - lower_bound(s.keys, s.count, a.sums.rows));
-    for (std::int64_t w = blockIdx.x; w < a.sums.rows * slices; w += gridDim.x) {
-        const std::int64_t key = w / slices, first = (w % slices) * Tile::columns + lane;
-        const std::int64_t begin = lower_bound(s.keys, s.count, key), end = lower_bound(s.keys, s.count, key + 1);
-        const bool empty = begin == end;
-        if (empty && add) continue;
-        const std::int64_t first_run = begin / s.run, last_run = empty ? first_run - 1 : (end - 1) / s.run;
-        if (!empty && first_run == last_run) continue;
+    const std::int64_t columns = sums.columns, slices = (columns - 1) / Tile::columns + 1;
+    const std::int64_t own = blockIdx.x / slices, slice = blockIdx.x % slices * Tile::columns;
+    const std::int64_t begin = own * s.run, next = begin + s.run;
+    if (next >= *s.count) return;
+    const std::uint32_t code = s.rows[next].code;
+    if (s.rows[next - 1].code != code) return;
+    const bool whole = s.rows[begin].code == code;
+    if (whole && begin > 0 && s.rows[begin - 1].code == code) return;
 
-        double sum[V] = {}, count = 0;
-        for (std::int64_t run = first_run + warp; run <= last_run; run += warps) {
-            const std::int64_t slot = 2 * run + (run == first_run && begin % s.run != 0 ? 1 : 0);
+    const std::int64_t last = s.last_run[code];
+    double sum[columns_per_lane] = {}, count = 0;
+    for (std::int64_t run = own + warp; run <= last; run += warps * ahead) {
+        double value[ahead][columns_per_lane];
 #pragma unroll
-            for (int i = 0; i < V; ++i)
-                if (first + 32 * i < columns) sum[i] += s.partial_sums[slot * columns + first + 32 * i];
-            count += s.partial_counts[slot];
-        }
+        for (int i = 0; i < ahead; ++i) {
+            const std::int64_t from = run + i * warps, slot = 2 * from + (from == own && !whole ? 1 : 0);
 #pragma unroll
-        for (int i = 0; i < V; ++i) shared_sum[warp][lane + 32 * i] = sum[i];
-        if (lane == 0) shared_count[warp] = count;
-        __syncthreads();
-        if (warp == 0) {
-            for (int other = 1; other < warps; ++other) {
-#pragma unroll
-                for (int i = 0; i < V; ++i) sum[i] += shared_sum[other][lane + 32 * i];
-                count += shared_count[other];
+            for (int c = 0; c < columns_per_lane; ++c) {
+                const std::int64_t d = slice + lane + 32 * c;
+                value[i][c] = from <= last && d < columns ? s.partial_sums[slot * columns + d] : 0.0;
             }
-#pragma unroll
-            for (int i = 0; i < V; ++i)
-                if (first + 32 * i < columns) put(a.sums.row(key)[first + 32 * i], sum[i], add);
-            if (lane == 0 && w % slices == 0) put(a.counts[key], count, add);
+            if (from <= last) count += s.partial_counts[slot];
         }
-        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < ahead; ++i)
+#pragma unroll
+            for (int c = 0; c < columns_per_lane; ++c) sum[c] += value[i][c];
+    }
+#pragma unroll
+    for (int c = 0; c < columns_per_lane; ++c) shared_sum[warp][lane + 32 * c] = sum[c];
+    if (lane == 0) shared_count[warp] = count;
+    __syncthreads();
+    for (int c = static_cast<int>(threadIdx.x); c < Tile::columns && slice + c < columns; c += Tile::merge_threads) {
+        double total = 0;
+        for (int w = 0; w < warps; ++w) total += shared_sum[w][c];
+        put(sums.row(code)[slice + c], total, add);
+    }
+    if (threadIdx.x == 0 && slice == 0) {
+        double total = 0;
+        for (int w = 0; w < warps; ++w) total += shared_count[w];
+        put(counts[code], total, add);
     }
 }
 

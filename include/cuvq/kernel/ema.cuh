@@ -7,11 +7,13 @@
 
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/device/ema.cuh>
+#include <cuvq/kernel/gather.cuh>
+#include <cuvq/kernel/hopper.cuh>
 #include <cuvq/params.hpp>
 
 namespace cuvq::kernel {
 
-/// While `ema_apply` runs, the bits of the step counter from here up count the blocks that are done: the last one
+/// While an update runs, the bits of the step counter from here up count the blocks that have come: the last one
 /// finds itself so without scratch memory that somebody would have to clear first.
 inline constexpr int step_bits = 48;
 inline constexpr unsigned long long step_mask = (1ull << step_bits) - 1;
@@ -20,9 +22,44 @@ inline constexpr std::int64_t most_ema_blocks = 8192;  // fits above step_bits
 /// Blocks of `sum_sizes`, each leaving one partial total.
 inline constexpr int total_parts = 128;
 
-__device__ inline std::int64_t read_step(const std::int64_t* step) {
-    const auto raw = *reinterpret_cast<const volatile unsigned long long*>(step);
-    return static_cast<std::int64_t>(raw & step_mask);
+/// The number of updates before this one, and the step counter on its way to the next: each block calls this once, by
+/// one thread. The last block to come advances the counter, when all others have what they need of it.
+__device__ inline std::int64_t take_step(std::int64_t* step) {
+    auto* counter = reinterpret_cast<unsigned long long*>(step);
+    const unsigned long long before = atomicAdd(counter, 1ull << step_bits), own = before & step_mask;
+    if (before >> step_bits == gridDim.x - 1) *reinterpret_cast<volatile unsigned long long*>(counter) = own + 1;
+    return static_cast<std::int64_t>(own);
+}
+
+/// Counters of codes that an update adds to, or null.
+struct ema_tally {
+    unsigned long long* restarted = nullptr;
+    unsigned long long* skipped = nullptr;
+};
+
+/// Reads what the update of code k will, so that it is at hand by then. Whole warp.
+template <class T>
+__device__ void touch_code(const state_ref<T>& state, std::int64_t k) {
+    const auto touch = [](const void* p) {
+        unsigned ignored;
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(ignored) : "l"(p));
+    };
+    for (std::int64_t d = threadIdx.x % 32; d < state.embed_sum.columns; d += 32) touch(state.embed_sum.row(k) + d);
+    if (threadIdx.x % 32 == 0) touch(&state.cluster_size[k]);
+    if (threadIdx.x % 32 == 1) touch(&state.steps_since_active[k]);
+}
+
+/// All that happens to code k. Whole warp, converged.
+template <class T, class R>
+__device__ void update_code(const detail::ema_args<T, R>& a, const ema_params& p, const device::ema_step& e,
+                            std::int64_t k, const ema_tally& tally) {
+    const device::ema_size s = device::blended_size(a, p, e, k);
+    const bool left = device::ema_blend(a, p, e, s, k);
+    const bool renewed = !left && device::dead_code_refresh(a, p, e, s, k);
+    if (threadIdx.x % 32 == 0) {
+        if (left && tally.skipped) atomicAdd(tally.skipped, 1ull);
+        if (renewed && tally.restarted) atomicAdd(tally.restarted, 1ull);
+    }
 }
 
 /// Partial sums of the blended cluster sizes, total_parts of them; a warp a code.
@@ -30,6 +67,8 @@ template <int Threads, class T, class R>
 __global__ __launch_bounds__(Threads) void sum_sizes(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
                                                      double* parts) {
     __shared__ double warp_sum[Threads / 32];
+    wait_for_predecessor();
+    let_successor_start();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     double sum = 0;
     for (std::int64_t k = std::int64_t{blockIdx.x} * (Threads / 32) + warp; k < a.counts.size;
@@ -46,32 +85,61 @@ __global__ __launch_bounds__(Threads) void sum_sizes(detail::ema_args<T, R> a, e
     }
 }
 
-/// The whole update; a warp a code. `parts`: from `sum_sizes`, or null where no total is needed. The last block to
-/// finish advances the step counter. `restarted`, `skipped`: counters of codes, or null.
+/// The whole update; a warp a code. `parts`: from `sum_sizes`, or null where no total is needed.
 template <int Threads, class T, class R>
 __global__ __launch_bounds__(Threads) void ema_apply(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
-                                                     const double* parts, unsigned long long* restarted,
-                                                     unsigned long long* skipped) {
-    e.step = read_step(a.state.step);
+                                                     const double* parts, ema_tally tally) {
+    __shared__ std::int64_t shared_step;
+    wait_for_predecessor();
+    let_successor_start();
+    if (threadIdx.x == 0) shared_step = take_step(a.state.step);
+    const std::int64_t first = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32;
+    if (first < a.counts.size) touch_code(a.state, first);
     if (parts)
         for (int i = 0; i < total_parts; ++i) e.total += parts[i];
-    for (std::int64_t k = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32; k < a.counts.size;
-         k += std::int64_t{gridDim.x} * (Threads / 32)) {
-        const device::ema_size s = device::blended_size(a, p, e, k);
-        const bool left = device::ema_blend(a, p, e, s, k);
-        const bool renewed = !left && device::dead_code_refresh(a, p, e, s, k);
-        if (threadIdx.x % 32 == 0) {
-            if (left && skipped) atomicAdd(skipped, 1ull);
-            if (renewed && restarted) atomicAdd(restarted, 1ull);
-        }
+    __syncthreads();
+    e.step = shared_step;
+    for (std::int64_t k = first; k < a.counts.size; k += std::int64_t{gridDim.x} * (Threads / 32))
+        update_code(a, p, e, k, tally);
+}
+
+/// `gather` and `ema_apply` of a small batch, where no total is needed. A block takes 2^block_bits codes, then a warp a
+/// code. `counts`: [K] gets the counts, or null.
+template <class Tile, class T, class X>
+__global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gathered(
+    detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p, device::ema_step e,
+    int block_bits, bool vectors, bool checks, float* counts, unsigned long long* invalid_rows, ema_tally tally) {
+    __shared__ gather_storage<Tile> shared;
+    __shared__ std::int64_t shared_step;
+    wait_for_predecessor();
+    let_successor_start();
+    const std::int64_t all_codes = update.state.codebook.rows;
+    const auto codes = gathered_codes::of<Tile>(all_codes, block_bits);
+    const int columns = static_cast<int>(a.x.columns);
+    if (threadIdx.x == Tile::threads - 1) shared_step = take_step(update.state.step);
+    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32)
+        touch_code(update.state, codes.code(c));
+    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
+
+    // The sums again, as float, where the update looks for them.
+    auto* sums = reinterpret_cast<float*>(shared.segments.sum);
+    static_assert(sizeof(shared.segments.sum) >= (Tile::most_sums + Tile::most_codes) * sizeof(float), "");
+    float* sizes = sums + Tile::most_sums;
+    for (unsigned i = threadIdx.x; i < codes.own_count * columns; i += Tile::threads)
+        sums[i] = static_cast<float>(shared.sum[i]);
+    if (threadIdx.x < codes.own_count) {
+        sizes[threadIdx.x] = static_cast<float>(shared.count[threadIdx.x]);
+        if (counts) counts[codes.code(threadIdx.x)] = sizes[threadIdx.x];
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        auto* counter = reinterpret_cast<unsigned long long*>(a.state.step);
-        const unsigned long long before = atomicAdd(counter, 1ull << step_bits);
-        if (before >> step_bits == gridDim.x - 1)
-            *reinterpret_cast<volatile unsigned long long*>(counter) = static_cast<unsigned long long>(e.step) + 1;
+    e.step = shared_step;
+    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
+        const std::int64_t k = codes.code(c);
+        update.counts = {sizes + c - k, all_codes};
+        update.sums = {sums + (static_cast<std::int64_t>(c) - k) * columns, all_codes, columns, columns};
+        update_code(update, p, e, k, tally);
     }
+    cluster<Tile::cluster>::wait();
 }
 
 }  // namespace cuvq::kernel

@@ -1,0 +1,309 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// A stable sort of rows by code: counting sort, one pass for each digit of the code. Which row goes where depends on
+// the codes alone, never on timing. A pass is three launches: `count_digits` (a histogram for every chunk of rows),
+// `scan_histograms` (where in its digit each chunk begins), `place_rows`.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include <cuvq/kernel/hopper.cuh>
+#include <cuvq/views.hpp>
+
+namespace cuvq::kernel {
+
+/// A row of a slice and its code.
+struct alignas(8) coded_row {
+    static constexpr std::uint32_t none = 0xFFFFFFFFu;  // the code of a row that is left out
+
+    std::uint32_t code;
+    std::uint32_t row;
+};
+
+/// The rows of a slice, in the order that a pass reads them in: those of the batch, or those that another kernel wrote.
+struct row_source {
+    std::int64_t first_row = 0, count = 0;  // of the slice in the batch; of `rows`, at most
+    const_codes_ref codes{};                // of the whole batch
+    vector_ref<const float> weights{};      // likewise, or null
+    vector_ref<const float> distances{};    // likewise, or null: NaN for a row without a code
+    std::int64_t code_count = 0;
+
+    const coded_row* rows = nullptr;           // [*row_count] instead, where not null
+    const std::uint32_t* row_count = nullptr;  // null: `count`
+
+    __device__ std::int64_t size() const { return row_count ? std::int64_t{*row_count} : count; }
+
+    /// Rows at, at + 32, ... below `end`; the others are `none`. All loads are under way before the first is used.
+    template <int V>
+    __device__ void load(std::int64_t at, std::int64_t end, coded_row (&r)[V]) const {
+        if (rows) {
+#pragma unroll
+            for (int i = 0; i < V; ++i) r[i] = at + 32 * i < end ? rows[at + 32 * i] : coded_row{coded_row::none, 0};
+            return;
+        }
+        std::int64_t code[V];
+        const auto load_codes = [&](const auto* from) {
+#pragma unroll
+            for (int i = 0; i < V; ++i)
+                code[i] = at + 32 * i < end ? static_cast<std::int64_t>(from[first_row + at + 32 * i]) : -1;
+        };
+        switch (codes.type) {
+            case code_type::int64: load_codes(codes.as<std::int64_t>()); break;
+            case code_type::uint8: load_codes(codes.as<std::uint8_t>()); break;
+            case code_type::uint16: load_codes(codes.as<std::uint16_t>()); break;
+            case code_type::uint32: load_codes(codes.as<std::uint32_t>()); break;
+            default: load_codes(codes.as<std::int32_t>()); break;
+        }
+        bool valid[V];
+#pragma unroll
+        for (int i = 0; i < V; ++i) valid[i] = code[i] >= 0 && code[i] < code_count;
+        if (weights) {
+#pragma unroll
+            for (int i = 0; i < V; ++i) {
+                const float w = at + 32 * i < end ? weights[first_row + at + 32 * i] : 0.0f;
+                valid[i] = valid[i] && w >= 0 && isfinite(w);
+            }
+        }
+        if (distances) {
+#pragma unroll
+            for (int i = 0; i < V; ++i)
+                valid[i] = valid[i] && !isnan(at + 32 * i < end ? distances[first_row + at + 32 * i] : 0.0f);
+        }
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+            r[i] = {valid[i] ? static_cast<std::uint32_t>(code[i]) : coded_row::none,
+                    static_cast<std::uint32_t>(at + 32 * i)};
+    }
+};
+
+/// Digit `(code >> shift) & mask` of a pass, one of `bins`; and how the rows are cut.
+struct digit_pass {
+    int shift = 0;
+    std::uint32_t mask = 0xFFFFFFFFu;
+    std::uint32_t bins = 0;
+    std::int64_t chunk = 0;  // rows of a block: a multiple of its threads
+
+    __device__ std::uint32_t digit(std::uint32_t code) const { return (code >> shift) & mask; }
+};
+
+/// Threads of a block that sorts, by its bins: the fewer the bins, the more warps fit their histograms into shared
+/// memory. A warp takes at most `rows_per_warp` rows at a time, whose number in a bin fits 16 bits.
+template <int Threads>
+struct sort_block {
+    static constexpr int threads = Threads;
+    static constexpr int warps = Threads / 32;
+    static constexpr int rows_per_lane = 8;
+    static constexpr int most_bins = Threads == 512 ? 1024 : 2048;
+    static constexpr int most_tile = Threads * rows_per_lane;
+    static std::size_t count_bytes(std::uint32_t bins) { return bins * sizeof(std::uint32_t); }
+    static std::size_t place_bytes(std::uint32_t bins) {
+        return (bins + std::size_t{warps} * ((bins + 1) / 2)) * sizeof(std::uint32_t);
+    }
+};
+
+/// Rows of each warp of a block, a multiple of 32, when the block takes `tile` rows at a time.
+template <class Block>
+__device__ inline int rows_of_warp(std::int64_t chunk) {
+    const std::int64_t tile = chunk < Block::most_tile ? chunk : Block::most_tile;
+    return static_cast<int>(tile / Block::warps);
+}
+
+/// Sets counts and sums to zero; `warp` of `warps`.
+__device__ inline void clear_sums(const vector_ref<float>& counts, const matrix_ref<float>& sums, std::int64_t warp,
+                                  std::int64_t warps) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (std::int64_t k = warp; k < sums.rows; k += warps) {
+        for (std::int64_t d = lane; d < sums.columns; d += 32) sums.row(k)[d] = 0.0f;
+        if (lane == 0) counts[k] = 0.0f;
+    }
+}
+
+/// histogram[blockIdx.x][bins]: the digits of this block's chunk. On the way sets counts and sums to zero, if `clear`.
+template <class Block>
+__global__ __launch_bounds__(Block::threads) void count_digits(row_source source, digit_pass pass,
+                                                               std::uint32_t* histogram, bool clear,
+                                                               vector_ref<float> counts, matrix_ref<float> sums) {
+    extern __shared__ std::uint32_t shared_bins[];
+    wait_for_predecessor();
+    let_successor_start();
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    for (std::uint32_t b = threadIdx.x; b < pass.bins; b += Block::threads) shared_bins[b] = 0;
+    __syncthreads();
+    const std::int64_t count = source.size(), begin = blockIdx.x * pass.chunk;
+    const std::int64_t end = begin + pass.chunk < count ? begin + pass.chunk : count;
+    const int per_warp = rows_of_warp<Block>(pass.chunk);
+    for (std::int64_t tile = begin; tile < end; tile += Block::warps * per_warp) {
+        const std::int64_t first = tile + warp * per_warp;
+        const std::int64_t stop = first + per_warp < end ? first + per_warp : end;
+        coded_row rows[Block::rows_per_lane];
+        source.load(first + lane, stop, rows);
+#pragma unroll
+        for (const coded_row& r : rows)
+            if (r.code != coded_row::none) atomicAdd(&shared_bins[pass.digit(r.code)], 1u);
+    }
+    if (clear)
+        clear_sums(counts, sums, std::int64_t{blockIdx.x} * Block::warps + warp,
+                   std::int64_t{gridDim.x} * Block::warps);
+    __syncthreads();
+    for (std::uint32_t b = threadIdx.x; b < pass.bins; b += Block::threads)
+        histogram[std::int64_t{blockIdx.x} * pass.bins + b] = shared_bins[b];
+}
+
+/// A block of `scan_histograms`: a thread for each of `bins` bins in each of `warps` parts of the chunks.
+struct scan_tile {
+    static constexpr int bins = 32;
+    static constexpr int warps = 32;
+};
+
+/// Turns histogram[chunks][bins] into where each chunk's rows begin within the bin's, and totals[bins] into its rows.
+template <class Tile>
+__global__ __launch_bounds__(Tile::bins* Tile::warps) void scan_histograms(std::uint32_t* histogram,
+                                                                           std::uint32_t chunks, std::uint32_t bins,
+                                                                           std::uint32_t* totals) {
+    constexpr std::uint32_t scan_bins = Tile::bins, scan_warps = Tile::warps;
+    constexpr std::uint32_t held = 16;  // chunks of a thread that are read once
+    __shared__ std::uint32_t shared_sum[scan_warps][scan_bins];
+    wait_for_predecessor();
+    let_successor_start();
+    const std::uint32_t lane = threadIdx.x % scan_bins, warp = threadIdx.x / scan_bins;
+    const std::uint32_t bin = blockIdx.x * scan_bins + lane;
+    const std::uint32_t part = (chunks + scan_warps - 1) / scan_warps;
+    const std::uint32_t begin = warp * part, end = begin + part < chunks ? begin + part : chunks;
+    const auto at = [&](std::uint32_t chunk) -> std::uint32_t& { return histogram[std::int64_t{chunk} * bins + bin]; };
+    std::uint32_t value[held], sum = 0;
+    if (bin < bins) {
+#pragma unroll
+        for (std::uint32_t i = 0; i < held; ++i) value[i] = begin + i < end ? at(begin + i) : 0;
+#pragma unroll
+        for (std::uint32_t i = 0; i < held; ++i) sum += value[i];
+        for (std::uint32_t chunk = begin + held; chunk < end; ++chunk) sum += at(chunk);
+    }
+    shared_sum[warp][lane] = sum;
+    __syncthreads();
+    std::uint32_t before = 0, total = 0;
+    for (std::uint32_t w = 0; w < scan_warps; ++w) {
+        if (w == warp) before = total;
+        total += shared_sum[w][lane];
+    }
+    if (bin >= bins) return;
+#pragma unroll
+    for (std::uint32_t i = 0; i < held; ++i) {
+        if (begin + i < end) at(begin + i) = before;
+        before += value[i];
+    }
+    for (std::uint32_t chunk = begin + held; chunk < end; ++chunk) {
+        const std::uint32_t own = at(chunk);
+        at(chunk) = before;
+        before += own;
+    }
+    if (warp == 0) totals[bin] = total;
+}
+
+/// Writes the rows of this block's chunk where they belong, and their number to `placed`. Within a tile, warps count
+/// their digits, the counts are summed up over the warps, and each warp numbers its rows in order from there.
+template <class Block>
+__global__ __launch_bounds__(Block::threads) void place_rows(row_source source, digit_pass pass,
+                                                             const std::uint32_t* histogram,
+                                                             const std::uint32_t* totals, coded_row* to,
+                                                             std::uint32_t* placed) {
+    constexpr int words_per_thread = (Block::most_bins / 2 + Block::threads - 1) / Block::threads;
+    constexpr int bins_per_thread = Block::most_bins / Block::threads;
+    extern __shared__ std::uint32_t shared_start[];  // [bins] where the next row of a bin goes
+    __shared__ std::uint32_t shared_warp_total[Block::warps];
+    wait_for_predecessor();
+    let_successor_start();
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const std::uint32_t words = (pass.bins + 1) / 2;
+    std::uint32_t* shared_words = shared_start + pass.bins;  // [warps][words]: two bins a word
+    auto* own_bins = reinterpret_cast<std::uint16_t*>(shared_words + warp * words);
+
+    {  // starts of the bins
+        const std::uint32_t first = threadIdx.x * bins_per_thread;
+        std::uint32_t value[bins_per_thread], sum = 0;
+#pragma unroll
+        for (int i = 0; i < bins_per_thread; ++i) {
+            value[i] = first + i < pass.bins ? totals[first + i] : 0;
+            sum += value[i];
+        }
+        std::uint32_t scan = sum;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const std::uint32_t other = __shfl_up_sync(0xFFFFFFFFu, scan, step);
+            if (lane >= step) scan += other;
+        }
+        if (lane == 31) shared_warp_total[warp] = scan;
+        __syncthreads();
+        std::uint32_t start = scan - sum;
+        for (int w = 0; w < warp; ++w) start += shared_warp_total[w];
+#pragma unroll
+        for (int i = 0; i < bins_per_thread; ++i) {
+            if (first + i < pass.bins)
+                shared_start[first + i] = start + histogram[std::int64_t{blockIdx.x} * pass.bins + first + i];
+            start += value[i];
+        }
+        if (blockIdx.x == 0 && threadIdx.x == Block::threads - 1) *placed = start;
+    }
+
+    const std::int64_t count = source.size(), begin = blockIdx.x * pass.chunk;
+    const std::int64_t end = begin + pass.chunk < count ? begin + pass.chunk : count;
+    const int per_warp = rows_of_warp<Block>(pass.chunk);
+    for (std::int64_t tile = begin; tile < end; tile += Block::warps * per_warp) {
+        const std::int64_t first = tile + warp * per_warp;
+        const std::int64_t stop = first + per_warp < end ? first + per_warp : end;
+        coded_row rows[Block::rows_per_lane];
+        source.load(first + lane, stop, rows);
+        for (std::uint32_t w = lane; w < words; w += 32) shared_words[warp * words + w] = 0;
+        __syncwarp();
+        std::uint32_t digit[Block::rows_per_lane], peers[Block::rows_per_lane];
+#pragma unroll
+        for (int i = 0; i < Block::rows_per_lane; ++i) {
+            const bool valid = rows[i].code != coded_row::none;
+            digit[i] = valid ? pass.digit(rows[i].code) : coded_row::none;
+            if (valid) atomicAdd(&shared_words[warp * words + digit[i] / 2], digit[i] % 2 ? 0x10000u : 1u);
+        }
+#pragma unroll
+        for (int i = 0; i < Block::rows_per_lane; ++i) peers[i] = __match_any_sync(0xFFFFFFFFu, digit[i]);
+        __syncthreads();
+        std::uint32_t tile_bins[words_per_thread];  // two bins a word: the rows of the tile
+#pragma unroll
+        for (int i = 0; i < words_per_thread; ++i) {
+            const std::uint32_t w = threadIdx.x + i * Block::threads;
+            std::uint32_t before = 0;
+            if (w < words) {
+                for (int other = 0; other < Block::warps; ++other) {
+                    const std::uint32_t own = shared_words[other * words + w];
+                    shared_words[other * words + w] = before;
+                    before += own;
+                }
+            }
+            tile_bins[i] = before;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < Block::rows_per_lane; ++i) {
+            const bool valid = digit[i] != coded_row::none;
+            const int rank = __popc(peers[i] & ((1u << lane) - 1));
+            std::uint32_t before = 0;
+            if (valid) {
+                before = own_bins[digit[i]];
+                to[shared_start[digit[i]] + before + rank] = rows[i];
+            }
+            __syncwarp();
+            if (valid && rank == 0) own_bins[digit[i]] = static_cast<std::uint16_t>(before + __popc(peers[i]));
+            __syncwarp();
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < words_per_thread; ++i) {
+            const std::uint32_t w = threadIdx.x + i * Block::threads;
+            if (w >= words) continue;
+            shared_start[2 * w] += tile_bins[i] & 0xFFFFu;
+            if (2 * w + 1 < pass.bins) shared_start[2 * w + 1] += tile_bins[i] >> 16;
+        }
+        __syncthreads();
+    }
+}
+
+}  // namespace cuvq::kernel
