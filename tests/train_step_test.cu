@@ -111,6 +111,53 @@ class TrainStepSmall : public gpu_test {};
 class TrainStepTest : public gpu_test {};
 class LargeTest : public gpu_test {};
 
+// ---- prepared codebooks ---------------------------------------------------------------------------------------------
+
+TEST_F(TrainStepSmall, AStateThatCarriesAPreparedCodebookKeepsItFresh) {
+    random_source random;
+    for (const std::int64_t d : {24, 64, 300}) {
+        SCOPED_TRACE(testing::Message() << "D = " << d);
+        const host_state<float> start(random.normals<float>(300, d));
+        const auto x = random.normals<float>(3000, d);
+        auto params = ema_params::rectokens();
+        params.restart_after_steps = 2;
+        train_memory<float, float> plain(start, x, params), carrying(start, x, params);
+        const device_workspace space(prepared_codebook_bytes(300, d));
+        auto state = carrying.state.view();
+        state.prepared = {space.lent().data, space.lent().bytes};
+        prepare(state.codebook, state.prepared);
+        for (int step = 0; step < 4; ++step) {
+            plain.run();
+            train_step(state, carrying.x.view(), carrying.codes.view(), carrying.quantized.view(), carrying.params);
+            ASSERT_TRUE(same(left_behind<float, float>(plain), left_behind<float, float>(carrying))) << "step " << step;
+        }
+
+        const auto expect_fresh = [&](const char* after) {
+            device_array<std::int32_t> with(3000), without(3000);
+            quantize_params search;
+            quantize(carrying.x.view(), state.codebook, without.view(), discard, discard, search);
+            search.prepared = state.prepared;
+            quantize(carrying.x.view(), state.codebook, with.view(), discard, discard, search);
+            EXPECT_EQ(with.download(), without.download()) << after;
+        };
+        params.decay = 0.1;
+        ema_update(state, carrying.x.view(), carrying.codes.view(), params);
+        expect_fresh("ema_update");
+        const device_array<float> counts(std::vector<float>(300, 1.0f));
+        const device_matrix<float> sums(random.normals<float>(300, d));
+        params.dead_codes = dead_code_rule::none;
+        ema_apply(state, counts.view(), sums.view(), discard, params);
+        expect_fresh("ema_apply");
+        EXPECT_TRUE(space.guard_untouched());
+    }
+    train_memory<float, float> memory(host_state<float>(random.normals<float>(20, 8)), random.normals<float>(30, 8),
+                                      ema_params::rectokens());
+    auto state = memory.state.view();
+    state.prepared.bytes = 1000;
+    EXPECT_EQ(refusal([&] { train_step(state, memory.x.view(), memory.codes.view()); }),
+              "cuvq::train_step: state.prepared: got a null pointer; wants a device pointer, or none at all");
+}
+
 // ---- steps ----------------------------------------------------------------------------------------------------------
 
 template <class Elements>

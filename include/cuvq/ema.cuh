@@ -12,6 +12,7 @@
 #include <cuvq/dispatch/ema.cuh>
 #include <cuvq/kernel/stats.cuh>
 #include <cuvq/params.hpp>
+#include <cuvq/prepare.cuh>
 #include <cuvq/views.hpp>
 #include <cuvq/workspace.hpp>
 
@@ -112,12 +113,14 @@ void ema_apply(const State& state, const CountsView& counts, const SumsView& sum
     const char* function = "ema_apply";
     const auto args = detail::validate_ema_apply(function, state, counts, sums, replacements, params);
     const shape s{0, args.counts.size, args.sums.columns};
+    detail::check_state_prepared(function, state, s.codes, s.dimensions);
     const detail::scratch memory(function, ws, ema_apply_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
     const dispatch::ema_scratch m(c, params);
     const detail::update_tally tally(c, params.stats != nullptr);
     tally.clear(stream);
     dispatch::ema_apply(args, params, m, tally.ema(), stream);
+    detail::refresh_prepared(state.prepared, args.state, stream);
     if (params.stats) {
         kernel::stats_parts parts = tally.parts(args.counts.data, s.codes);
         parts.invalid_rows = nullptr;
@@ -156,10 +159,12 @@ void ema_update(const State& state, const XView& x, const CodesView& codes, cons
     const auto args = detail::validate_ema_update(function, state, x, codes, params);
     const shape s{args.x.rows, args.state.codebook.rows, args.x.columns};
     dispatch::check_codes(function, "state.codebook", s.codes);
+    detail::check_state_prepared(function, state, s.codes, s.dimensions);
     const detail::scratch memory(function, ws, ema_update_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
     const detail::update_scratch m(c, s, params);
     detail::update(args, params, {}, m, stream);
+    detail::refresh_prepared(state.prepared, args.state, stream);
     if (params.stats)
         detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0,
                        m.tally.parts(m.counts, s.codes), params.stats);

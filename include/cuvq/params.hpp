@@ -22,7 +22,7 @@ enum class accuracy {
     exact,  ///< the code of a float64 brute force, lowest index on ties
     /// A code whose squared distance is above the least by at most 2^-8 (|x - m| + max |c - m|)^2, m near the
     /// codebook's mean, in practice by far less: one pass of the tensor cores in half precision decides. Repeatable,
-    /// lowest index on equal scores. Paths without tensor cores are exact instead.
+    /// lowest index on equal scores. Only on Hopper and for D up to 269; elsewhere codes are exact.
     fast,
 };
 

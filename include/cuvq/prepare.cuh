@@ -48,4 +48,22 @@ void prepare(const CodebookView& codebook, const prepared_codebook& prepared, cu
     dispatch::prepare(rows, dispatch::take_image(c, rows.rows, rows.columns), stream);
 }
 
+namespace detail {
+
+template <class State>
+void check_state_prepared(const char* function, const State& state, std::int64_t codes, std::int64_t dimensions) {
+    check_prepared(function, "state.prepared", state.prepared, prepared_codebook_bytes(codes, dimensions));
+}
+
+/// Prepares a state's codebook anew, if the state carries what that makes.
+template <class T>
+void refresh_prepared(const prepared_codebook& prepared, const state_ref<T>& state, cudaStream_t stream) {
+    if (prepared.data == nullptr) return;
+    carver c(prepared.data);
+    const auto rows = read_only(state.codebook);
+    dispatch::prepare(rows, dispatch::take_image(c, rows.rows, rows.columns), stream);
+}
+
+}  // namespace detail
+
 }  // namespace cuvq

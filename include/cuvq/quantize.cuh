@@ -34,8 +34,9 @@ struct quantize_scratch {
 
 }  // namespace detail
 
-/// Bytes of workspace that `quantize` takes for this shape and these params: 32, 160, 288 or 544 bytes per code for D
-/// up to 13, 77, 141 or 269, beyond it 2 D + 6 and at most 62 more; with `params.stats` 8 bytes more.
+/// Bytes of workspace that `quantize` takes for this shape and these params: `prepared_codebook_bytes` unless
+/// `params.prepared` is there; for K > 2048, 24 bytes per row but at most 9 MB; with `params.stats`, 8 bytes per code
+/// and 256 KB.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_params& params = {}) {
     detail::check_shape("quantize_workspace_bytes", s);

@@ -73,9 +73,11 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
     auto args = detail::validate_train_step(function, state, x, codes, quantized, params);
     const shape s{args.update.x.rows, args.update.state.codebook.rows, args.update.x.columns};
     dispatch::check_codes(function, "state.codebook", s.codes);
+    detail::check_state_prepared(function, state, s.codes, s.dimensions);
     const detail::scratch memory(function, ws, train_step_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
-    const detail::train_scratch m(c, s, params);
+    detail::train_scratch m(c, s, params);
+    if (state.prepared.data) m.search.use(state.prepared, s.codes, s.dimensions);
     if (params.stats) CUVQ_CHECK_CUDA(cudaMemsetAsync(m.tally.rows_without, 0, sizeof(*m.tally.rows_without), stream));
     constexpr auto last_code = static_cast<std::uint64_t>(std::numeric_limits<detail::value_of<CodesView>>::max());
     if (static_cast<std::uint64_t>(s.codes - 1) == last_code) args.quantize.distances = {m.distances, s.vectors};
@@ -83,6 +85,7 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
         args.quantize, m.tally, m.search, params.accuracy == accuracy::exact, stream);
     const dispatch::provenance from{true, {args.quantize.distances.data, args.quantize.distances.size}};
     detail::update(args.update, params, from, m.update, stream);
+    detail::refresh_prepared(state.prepared, args.update.state, stream);
     if (params.stats) {
         kernel::stats_parts parts = m.update.tally.parts(m.update.counts, s.codes);
         parts.loss = m.tally.loss;

@@ -10,6 +10,7 @@
 #include <cuda/std/mdspan>
 
 #include <cuvq/version.hpp>
+#include <cuvq/workspace.hpp>
 
 #if defined(__has_include)
 #if __has_include(<cuda_fp16.h>) && __has_include(<cuda_bf16.h>)
@@ -57,6 +58,8 @@ struct codebook_state {
     vector_view<float> cluster_size;               ///< [K] moving average of the number of each code's vectors
     vector_view<std::int32_t> steps_since_active;  ///< [K] updates since a vector last had this code
     std::int64_t* step = nullptr;                  ///< [1] updates made so far, 0 to 2^48 - 1; each adds one
+    /// What `prepare` made of `codebook`, or empty. `train_step` searches with it, and all updates keep it fresh.
+    prepared_codebook prepared{};
 };
 
 /// A matrix as kernels and loops see it: element (i, d) lies at data[i * stride + d].

@@ -91,11 +91,13 @@ inline kernel::codebook_image take_image(detail::carver& c, std::int64_t codes, 
 struct search_scratch {
     kernel::codebook_image image{};
     kernel::rows_aside aside{};
-    bool prepared;
+    bool prepared = false;
 
-    search_scratch(detail::carver& c, const shape& s, const prepared_codebook& from) : prepared(from.data != nullptr) {
-        detail::carver own(from.data);
-        image = take_image(prepared ? own : c, s.codes, s.dimensions);
+    search_scratch(detail::carver& c, const shape& s, const prepared_codebook& from) {
+        if (from.data)
+            use(from, s.codes, s.dimensions);
+        else
+            image = take_image(c, s.codes, s.dimensions);
         if (s.codes <= aside_from_codes) return;
         // A segment per warp that writes codes, on as many processors as are provided for: 24 bytes per row in all.
         const std::int64_t groups = (s.vectors + kernel::row_results::rows - 1) / kernel::row_results::rows;
@@ -104,6 +106,12 @@ struct search_scratch {
         aside.rows = c.take<kernel::row_aside>(segments * aside.capacity);
         aside.used = c.take<int>(segments);
         aside.shared = c.take<kernel::shared_row>(kernel::most_shared_rows);
+    }
+
+    void use(const prepared_codebook& from, std::int64_t codes, std::int64_t dimensions) {
+        detail::carver c(from.data);
+        image = take_image(c, codes, dimensions);
+        prepared = true;
     }
 };
 
@@ -115,9 +123,10 @@ void prepare(const matrix_ref<const C>& codebook, const kernel::codebook_image& 
     with_sm90_tile<D>(codebook.columns, [&](auto tile) {
         constexpr unsigned threads = 256;
         narrow = true;
-        detail::launch(kernel::prepare<threads, decltype(tile)::steps, C>,
-                       static_cast<unsigned>(device::image_ref::parts(codebook.rows)), threads, stream, 0, codebook,
-                       image);
+        const auto write = kernel::prepare<threads, decltype(tile)::steps, C>;
+        detail::launch_next(detail::is_for_hopper(write), write,
+                            static_cast<unsigned>(device::image_ref::parts(codebook.rows)), threads, stream, 0,
+                            codebook, image);
     });
     if constexpr (D > sm90_d269::dimensions)
         if (!narrow) prepare_wide(codebook, image, image_layout(codebook.columns), stream);

@@ -39,6 +39,8 @@ inline constexpr int centre_rows = 32;
 /// that no block waits for another.
 template <int Threads, int Steps, class C>
 __global__ __launch_bounds__(Threads) void prepare(matrix_ref<const C> codebook, codebook_image image) {
+    arch::await_previous_kernel();
+    arch::let_next_kernel_start();
     using layout = arch::wgmma_layout<Steps>;
     using reduce = cub::BlockReduce<double, Threads>;
     __shared__ typename reduce::TempStorage storage;
@@ -53,7 +55,6 @@ __global__ __launch_bounds__(Threads) void prepare(matrix_ref<const C> codebook,
     const auto sample = [&](int i, int d) { return static_cast<float>(codebook.data[i * stride + d]); };
 
     const float share = 1.0f / static_cast<float>(samples);
-    arch::let_next_kernel_start();
     double square = 0;
     for (int d = threadIdx.x; d < columns; d += Threads) {
         float v[centre_rows], mean = 0;

@@ -27,6 +27,9 @@ namespace cuvq::kernel {
 /// Sizes of a block, and the most blocks of a cluster.
 inline constexpr int few_warps = 16, few_threads = 32 * few_warps, few_blocks = 8;
 
+/// Candidates of a row that a warp settles alone.
+inline constexpr int few_candidates = 32;
+
 /// Shared memory of the kernel, by offsets.
 template <class Tile>
 struct few_shared {
@@ -40,7 +43,8 @@ struct few_shared {
     static constexpr int bounds = centre + 64 * Tile::steps;
     static constexpr int barriers = bounds + static_cast<int>(sizeof(device::score_bounds));
     static constexpr int wide = barriers + 8 * Tile::few_stages;  // rows that the whole block is to settle
-    static constexpr int bytes = wide + row_results::rows * 4;
+    static constexpr int lists = wide + row_results::rows * 4;    // of candidates, a warp each
+    static constexpr int bytes = lists + few_warps * few_candidates * 4;
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
 };
 
@@ -55,10 +59,10 @@ __device__ const T* of_block(const T* local, unsigned rank) {
 }
 
 /// Row `row` of the 64, from what the warpgroups of the cluster made of it: its exact code; or `code_aside` where only
-/// the whole block should look. Whole warp.
+/// the whole block should look. `list`: room for few_candidates, the warp's own. Whole warp.
 template <int Groups, class X, class C>
 __device__ std::int64_t settle_few(const row_results* results, unsigned blocks, int row, float error, bool exact,
-                                   const X* x, const matrix_ref<const C>& codebook, std::int64_t columns) {
+                                   int* list, const X* x, const matrix_ref<const C>& codebook, std::int64_t columns) {
     const unsigned lane = threadIdx.x % 32;
     const bool part = lane < Groups * blocks;  // a lane per warpgroup
     const row_results* result = of_block(results + lane % Groups, part ? lane / Groups : 0);
@@ -76,30 +80,30 @@ __device__ std::int64_t settle_few(const row_results* results, unsigned blocks, 
         const int sole = __shfl_sync(0xFFFFFFFFu, code, __ffs(live) - 1);
         if (sole >= 0) return sole;
     }
-    bool wide = false;
-    if (live >> lane & 1)
-        for (int i = 0; i < -1 - code; ++i)
-            wide = wide || result->word[row][i] == row_results::everything ||
-                   (result->word[row][i] & row_results::column) != 0;
+    // All candidates in one list, then four at a time, a group of eight lanes each.
+    const bool lives = live >> lane & 1;
+    const int words = !lives ? 0 : code >= 0 ? 1 : -1 - code;
+    int end = words;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int before = __shfl_up_sync(0xFFFFFFFFu, end, step);
+        if (lane >= static_cast<unsigned>(step)) end += before;
+    }
+    const int total = __shfl_sync(0xFFFFFFFFu, end, 31);
+    bool wide = total > few_candidates;
+    for (int i = 0; i < words && !wide; ++i) {
+        const int k = code >= 0 ? code : result->word[row][i];
+        wide = k >= row_results::column;
+        list[end - words + i] = k;
+    }
     if (__any_sync(0xFFFFFFFFu, wide)) return code_aside;
+    __syncwarp();
     device::exact_choice choice;
-    const int group = static_cast<int>(lane) / 8;
-    // Sole codes of warpgroups first, a group of eight lanes each; then whatever else there is, one after the other.
-    unsigned sole = __ballot_sync(0xFFFFFFFFu, (live >> lane & 1) && code >= 0);
-    for (unsigned left = sole; left != 0;) {
-        unsigned own = left;
-        for (int i = 0; i < group && own != 0; ++i) own &= own - 1;
-        if (own == 0) own = left;  // another look at the first
-        const int k = __shfl_sync(0xFFFFFFFFu, code, __ffs(own) - 1);
+    for (int i = static_cast<int>(lane) / 8; i - static_cast<int>(lane) / 8 < total; i += 4) {
+        const int k = list[min(i, total - 1)];
         choice.consider(device::exact_distance(x, codebook.row(k), columns), k);
-        for (int i = 0; i < 4 && left != 0; ++i) left &= left - 1;
     }
-    for (unsigned left = live & ~sole; left != 0; left &= left - 1) {
-        const unsigned from = __ffs(left) - 1;
-        const int words = -1 - __shfl_sync(0xFFFFFFFFu, code, from);
-        const row_results* named = of_block(results + from % Groups, from / Groups);
-        consider_words(choice, named->word[row], words, x, codebook, columns, group, 4);
-    }
+    __syncwarp();
     merge_warp(choice);
     return choice.code;
 }
@@ -129,6 +133,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     auto* centre = reinterpret_cast<float*>(base + shared::centre);
     auto* bounds = reinterpret_cast<int*>(base + shared::bounds);
     auto* full = arch::kept(reinterpret_cast<std::uint64_t*>(base + shared::barriers));  // (stages)
+    auto* lists = reinterpret_cast<int*>(base + shared::lists);                          // (few_warps, few_candidates)
     auto* wide = reinterpret_cast<int*>(base + shared::wide);                            // (64)
 
     const int group = static_cast<int>(threadIdx.x) / 128, warp = static_cast<int>(threadIdx.x) / 32;
@@ -232,8 +237,9 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     const int count = warp * share < block_rows ? static_cast<int>(min(left > 0 ? left : 0, std::int64_t{share})) : 0;
     std::int64_t code = code_aside;
     for (int r = 0; r < count; ++r) {
-        const std::int64_t found = settle_few<groups>(results, blocks, start + r, errors[start + r], exact,
-                                                      a.x.row(first + start + r), a.codebook, a.x.columns);
+        const std::int64_t found =
+            settle_few<groups>(results, blocks, start + r, errors[start + r], exact, lists + warp * few_candidates,
+                               a.x.row(first + start + r), a.codebook, a.x.columns);
         if (lane == r) code = found;
     }
     if (lane < count && code == code_aside) wide[start + lane] = 1;

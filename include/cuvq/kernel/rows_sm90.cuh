@@ -134,12 +134,18 @@ __device__ inline void load_centre(const codebook_image& image, int columns, int
 
 /// The largest bounds of all codes, as integers, in `bounds`, which held zeros. To be read after a barrier.
 __device__ inline void load_bounds(const codebook_image& image, int tiles, int* bounds) {
+    int most[4] = {};  // bounds are not negative, or NaN or Inf: as integers they compare as they should
     for (int i = threadIdx.x; i < tiles * (image_tile / image_part); i += blockDim.x) {
         const code_bounds b = image.bounds[i];
-        atomicMax(bounds, __float_as_int(b.norm));
-        atomicMax(bounds + 1, __float_as_int(b.residual));
-        atomicMax(bounds + 2, __float_as_int(b.offset));
-        atomicMax(bounds + 3, __float_as_int(b.offset_rest));
+        most[0] = max(most[0], __float_as_int(b.norm));
+        most[1] = max(most[1], __float_as_int(b.residual));
+        most[2] = max(most[2], __float_as_int(b.offset));
+        most[3] = max(most[3], __float_as_int(b.offset_rest));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        most[i] = __reduce_max_sync(0xFFFFFFFFu, most[i]);
+        if (threadIdx.x % 32 == i && most[i] > 0) atomicMax(bounds + i, most[i]);
     }
 }
 __device__ inline device::score_bounds as_bounds(const int* bounds) {
