@@ -7,8 +7,8 @@
 #
 # usage: bench/run_gpu.sh [build-dir [output-dir]]     (default: build/bench, bench/results)
 #
-# Environment: CUVQ_COMMIT names the commit where git cannot; PYTHON is the interpreter that has PyTorch (default:
-# python3). Peers in Python take part as far as they are installed: flash-kmeans, vector-quantize-pytorch, and RecTokens
+# Environment: BUDGET is the number of seconds (default: 455, so that all ends before 480); CUVQ_COMMIT names the commit
+# where git cannot; PYTHON is the interpreter that has PyTorch (default: python3). Peers in Python take part as far as they are installed: flash-kmeans, vector-quantize-pytorch, and RecTokens
 # on PYTHONPATH.
 set -euo pipefail
 
@@ -38,7 +38,7 @@ mkdir -p "$out"
 rm -f "$out"/{cuvq_,peers}*.json
 failed=0
 SECONDS=0
-total=455 # seconds in which rows may start; a step that overruns is killed 15 s after its share, so all end before 480
+total=${BUDGET:-455} # seconds in which rows may start; a step that overruns is killed 15 s after its share
 
 # run NAME SHARE COMMAND...: a step that leaves NAME.json, in at most SHARE seconds or what is left of all.
 run() {
@@ -68,10 +68,10 @@ measure() {
 }
 
 # Single precision, then the peers, and the other types with what is left. RecTokens alone takes minutes to tune itself.
-measure cuvq_float 75 --shapes=large,seed,models
+measure cuvq_float 85 --shapes=large,seed,models
 measure cuvq_hard 15 --shapes=large --data=hard --cases=quantize --no-peers
 measure cuvq_scaling 45 --shapes=scaling --cases=quantize,ema_update --codes=uniform
-run peers 335 "$python" "$root/bench/peers.py" --shapes=seed,large,models,scaling --seconds=0.05 \
+run peers $((total - 170)) "$python" "$root/bench/peers.py" --shapes=seed,large,models,scaling --seconds=0.05 \
     --out="$out/peers.json" --context=commit="$commit" --context=driver="$driver"
 measure cuvq_half 120 --shapes=large,seed,models --types=half,bfloat16
 "$python" "$root/bench/results.py" --ratios "$out" || failed=1
