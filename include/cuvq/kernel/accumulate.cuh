@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/detail/validate.hpp>
+#include <cuvq/device/accumulate.cuh>
 #include <cuvq/kernel/hopper.cuh>
 #include <cuvq/kernel/sort_rows.cuh>
 #include <cuvq/views.hpp>
@@ -204,6 +205,18 @@ __device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail
                 }
             }
         };
+        // Has the second cache fetch rows j .. j + batch - 1, counted from those of `mine` on into those of `after`.
+        const auto fetch_ahead = [&](const coded_row& mine, const coded_row& after, std::int64_t at, int j) {
+            constexpr int lanes_per_row = 32 / batch;
+            constexpr int line = Tile::columns / lanes_per_row;  // elements
+            j += lane / lanes_per_row;
+            const std::uint32_t here = __shfl_sync(0xFFFFFFFFu, mine.row, j % 32);
+            const std::uint32_t later = __shfl_sync(0xFFFFFFFFu, after.row, j % 32);
+            const std::uint32_t row = j < 32 ? here : later;
+            const std::int64_t column = slice + lane % lanes_per_row * line;
+            if (at + j < own_end && column < columns)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(a.x.row(first_row + row) + column));
+        };
         const auto load = [&](std::int64_t i) { return i < own_end ? row_at(i) : coded_row{coded_row::none, 0}; };
         coded_row next = load(own_begin + lane);
         if (own_begin < own_end) code = __shfl_sync(0xFFFFFFFFu, next.code, 0);
@@ -225,6 +238,7 @@ __device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail
                 for (int j = 0; j < batch; ++j)
                     row[j] = a.x.row(first_row + __shfl_sync(0xFFFFFFFFu, mine.row, j0 + j));
                 read_rows(value, row, first, columns, vectors);
+                fetch_ahead(mine, next, at, j0 + 2 * batch);
                 const int in_batch = here - j0 < batch ? here - j0 : batch;
                 unsigned marks = starts >> j0 & ((1u << in_batch) - 1);
 #pragma unroll 1
@@ -239,9 +253,7 @@ __device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail
                     for (int j = 0; j < batch; ++j) {
                         const float weight = a.weights ? __shfl_sync(0xFFFFFFFFu, own_weight, j0 + j) : 1.0f;
                         if (j < from || j >= to) continue;
-#pragma unroll
-                        for (int c = 0; c < columns_per_lane; ++c)
-                            segment.part[c] = __fmaf_rn(weight, value[j][c], segment.part[c]);
+                        device::accumulate_row(segment.part, value[j], weight, columns_per_lane, 0, 1);
                         if (a.weights) segment.count += weight;
                     }
                     if (!a.weights) segment.count += to - from;
