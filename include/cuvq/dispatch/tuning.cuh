@@ -47,8 +47,8 @@ struct sum_tile {
         constexpr long long unit = least_rows, most = rows_per_warp * threads / 32;
         long long run = count / wanted_runs / unit * unit;
         run = run < unit ? unit : run > most ? most : run;
-        // Each run has two parts of D doubles.
-        const long long room = count / (2 * dimensions) + codes / 2;
+        // Each run has two parts of D doubles, and two counts.
+        const long long room = count / (2 * dimensions + 2) + codes / 2;
         if (count / run >= room) {
             const long long most_runs = room > 1 ? room - 1 : 1;
             run = (count / most_runs / unit + 1) * unit;

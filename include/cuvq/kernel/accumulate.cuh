@@ -205,18 +205,6 @@ __device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail
                 }
             }
         };
-        // Has the second cache fetch rows j .. j + batch - 1, counted from those of `mine` on into those of `after`.
-        const auto fetch_ahead = [&](const coded_row& mine, const coded_row& after, std::int64_t at, int j) {
-            constexpr int lanes_per_row = 32 / batch;
-            constexpr int line = Tile::columns / lanes_per_row;  // elements
-            j += lane / lanes_per_row;
-            const std::uint32_t here = __shfl_sync(0xFFFFFFFFu, mine.row, j % 32);
-            const std::uint32_t later = __shfl_sync(0xFFFFFFFFu, after.row, j % 32);
-            const std::uint32_t row = j < 32 ? here : later;
-            const std::int64_t column = slice + lane % lanes_per_row * line;
-            if (at + j < own_end && column < columns)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(a.x.row(first_row + row) + column));
-        };
         const auto load = [&](std::int64_t i) { return i < own_end ? row_at(i) : coded_row{coded_row::none, 0}; };
         coded_row next = load(own_begin + lane);
         if (own_begin < own_end) code = __shfl_sync(0xFFFFFFFFu, next.code, 0);
@@ -238,7 +226,6 @@ __device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail
                 for (int j = 0; j < batch; ++j)
                     row[j] = a.x.row(first_row + __shfl_sync(0xFFFFFFFFu, mine.row, j0 + j));
                 read_rows(value, row, first, columns, vectors);
-                fetch_ahead(mine, next, at, j0 + 2 * batch);
                 const int in_batch = here - j0 < batch ? here - j0 : batch;
                 unsigned marks = starts >> j0 & ((1u << in_batch) - 1);
 #pragma unroll 1
