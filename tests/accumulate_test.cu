@@ -201,7 +201,7 @@ TEST_F(AccumulateTest, CodesThatEndAtAndAroundTheEndsOfRuns) {
     // A code with many rows first, so that the batch is none of the small ones, and many without, so that the workspace
     // has room for the shortest runs.
     constexpr std::int64_t run = sum_tile::least_rows, many = 132 * run, empty_codes = 400;
-    ASSERT_FALSE(gather_shapes::include(many, 3));
+    ASSERT_FALSE(gather_shapes::include(many, 10, 3));
     ASSERT_EQ(sum_tile::rows(many + 12 * run, empty_codes, 150), run);
     for (const std::int64_t d : {3, 40, 150}) {
         const std::vector<std::vector<std::int64_t>> cases{
@@ -496,6 +496,19 @@ TEST_F(AccumulateTest, TwentyRunsAreBitwiseEqual) {
                 ASSERT_TRUE(same(memory.outcome(), first)) << n << " rows, run " << run;
             }
         }
+    }
+}
+
+TEST_F(AccumulateTest, SmallBatchesOfManyCodesAndOfFewAtTheEdgesOfTheOneLaunch) {
+    random_source random;
+    for (const std::int64_t d : {5, 128, 129, 1024, 1025})
+        for (const std::int64_t k : {1, 7, 129, 513})
+            expect_sums(random.normals<float>(600, d), random_codes(random, 600, -1, k), k);
+    for (const std::int64_t n : {1024, 1025, 8191, 8192, 8193})
+        expect_sums(random.normals<float>(n, 6), random_codes(random, n, -1, 300), 300, random_weights(random, n));
+    for (const std::int64_t k : {4096, 4097}) {
+        EXPECT_EQ(gather_shapes::include(5000, k, 12), k == 4096);
+        expect_sums(random.normals<float>(5000, 12), random_codes(random, 5000, -1, k), k);
     }
 }
 

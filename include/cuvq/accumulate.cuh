@@ -29,6 +29,15 @@ inline std::size_t accumulate_workspace_bytes(const shape& s, const accumulate_p
 
 /// Counts and weighted sums of the vectors of each code, without a one-hot matrix.
 ///
+/// For data-parallel training let both lie in one buffer of K (D + 1) floats, so that one all-reduce (a sum of floats)
+/// serves:
+///
+///     matrix_view<float> sums(buffer, K, D);
+///     vector_view<float> counts(buffer + K * D, K);
+///
+/// then `ema_apply` on every rank. To gather the gradients of several micro-batches into one update, call it for each
+/// with `params.add` set from the second on, then `ema_apply` once.
+///
 /// @param x      [N x D] device memory; float, __half or __nv_bfloat16; N >= 0. Rows may be strided.
 /// @param codes  [N] device memory; int32, int64, uint8, uint16 or uint32 with room for K - 1. Rows whose code is
 ///               outside [0, K), whose weight is negative or not finite, or which hold a NaN or Inf are left out and

@@ -70,7 +70,7 @@ void update(const update_args<T, X>& a, const ema_params& p, const dispatch::pro
     const accumulate_args<X> batch{a.x, a.codes, a.weights, {m.counts, codes}, {m.sums, codes, columns, columns}};
     const ema_args<T, X> apply{a.state, read_only(batch.counts), read_only(batch.sums), a.x, a.replacement_indices};
     m.tally.clear(stream);
-    if (gather_shapes::include(a.x.rows, columns) && !dispatch::needs_total(p)) {
+    if (gather_shapes::include(a.x.rows, codes, columns) && !dispatch::needs_total(p)) {
         dispatch::ema_update_gathered(batch, apply, p, from, p.stats ? m.counts : nullptr, m.tally.invalid_rows(),
                                       m.tally.ema(), stream);
         return;
@@ -91,9 +91,12 @@ inline std::size_t ema_apply_workspace_bytes(const shape& s, const ema_params& p
     return c.bytes();
 }
 
-/// Moves the state by one batch's counts and sums: blend, codebook refresh, counter of unused steps, dead codes. For
-/// data-parallel training add up (all-reduce) the counts and sums of all ranks before it, and give every rank the same
-/// `replacements`.
+/// Moves the state by one batch's counts and sums: blend, codebook refresh, counter of unused steps, dead codes.
+///
+/// For data-parallel training add up (all-reduce) the counts and sums of all ranks before it, in one buffer as
+/// `accumulate` says, and give every rank the same state, `replacements` and seed: each then makes the same draws and
+/// holds a bitwise equal codebook. Their state is that of a single rank with the whole batch, to the error that
+/// `accumulate` states for its sums.
 ///
 /// @param state        in/out: K codes in D dimensions, device memory.
 /// @param counts       [K] float, device memory, as `accumulate` leaves them.
@@ -148,7 +151,10 @@ inline std::size_t ema_update_workspace_bytes(const shape& s, const ema_params& 
 ///               `accumulate`.
 /// @param params rule, decay, dead codes, weights; see `ema_params`.
 /// @param ws     `ema_update_workspace_bytes` of device memory, or empty: allocated on the stream.
-/// @param stream everything runs here, asynchronously; may be captured in a graph: a replay is one more step.
+/// @param stream everything runs here, asynchronously; may be captured in a graph: a replay is one more step. One
+/// launch
+///               for a batch of `gather_shapes` (N <= 8192, D <= 1024, and K <= 4096 for D <= 128) under `active_only`
+///               and `clamp` without `usage_ratio`; one more, and a memset, with `params.stats`.
 /// @throws std::invalid_argument naming the argument, before any launch; cuvq::cuda_error if a CUDA call fails.
 /// Deterministic: bitwise equal from run to run. O(N D + K D) time.
 /// Source: RecTokens `ema_update`; van den Oord et al. 2017, appendix A.1.

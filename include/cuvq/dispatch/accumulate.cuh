@@ -76,7 +76,7 @@ struct accumulate_scratch {
 
     accumulate_scratch(detail::carver& c, const shape& s)
         : slice(std::min(s.vectors, most_slice_rows)), run(sum_tile::rows(slice, s.codes, s.dimensions)) {
-        if (gather_shapes::include(s.vectors, s.dimensions)) return;  // needs none
+        if (gather_shapes::include(s.vectors, s.codes, s.dimensions)) return;  // needs none
         const sort_plan plan(slice, s.codes);
         rows[0] = c.take<kernel::coded_row>(slice);
         if (plan.passes > 1 || s.dimensions > sum_tile::columns) rows[1] = c.take<kernel::coded_row>(slice);
@@ -155,7 +155,7 @@ struct gather_plan {
 template <class X>
 void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance& from, const accumulate_scratch& m,
                 unsigned long long* invalid_rows, cudaStream_t stream) {
-    if (gather_shapes::include(a.x.rows, a.x.columns)) {
+    if (gather_shapes::include(a.x.rows, a.sums.rows, a.x.columns)) {
         const gather_plan plan(a, from);
         plan.launch(a.sums.rows, plan.block_bits, kernel::gather<gather_tile<8>, X>, kernel::gather<gather_tile<1>, X>,
                     stream, a, plan.source, plan.block_bits, plan.vectors, plan.checks, add, invalid_rows);

@@ -82,8 +82,8 @@ struct sum_tile {
         constexpr long long unit = least_rows, most = rows_per_warp * threads / 32;
         long long run = count / wanted_runs / unit * unit;
         run = run < unit ? unit : run > most ? most : run;
-        // Each run has two parts of D doubles.
-        const long long room = count / (2 * dimensions) + codes / 2;
+        // Each run has two parts of D doubles, and two counts.
+        const long long room = count / (2 * dimensions + 2) + codes / 2;
         if (count / run >= room) {
             const long long most_runs = room > 1 ? room - 1 : 1;
             run = (count / most_runs / unit + 1) * unit;
@@ -110,10 +110,9 @@ struct gather_tile {
 struct gather_shapes {
     static constexpr long long most_rows = 8192;
     static constexpr long long most_columns = gather_tile<1>::most_sums;
+    /// Every cluster looks through the codes of all rows: with more blocks than this, sorting is faster.
+    static constexpr long long most_blocks = 512;
 
-    static constexpr bool include(long long rows, long long dimensions) {
-        return rows <= most_rows && dimensions <= most_columns;
-    }
     /// Log2 of the codes of a block: few enough that all multiprocessors of a large card have a block.
     static constexpr int block_bits(long long codes, long long dimensions) {
         using tile = gather_tile<1>;
@@ -121,6 +120,10 @@ struct gather_shapes {
         while ((2 << bits) <= tile::most_codes && (2 << bits) * dimensions <= tile::most_sums && codes > 128LL << bits)
             ++bits;
         return bits;
+    }
+    static constexpr bool include(long long rows, long long codes, long long dimensions) {
+        return rows <= most_rows && dimensions <= most_columns &&
+               (codes - 1) >> block_bits(codes, dimensions) < most_blocks;
     }
 };
 

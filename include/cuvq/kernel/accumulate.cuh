@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/detail/validate.hpp>
+#include <cuvq/device/accumulate.cuh>
 #include <cuvq/kernel/hopper.cuh>
 #include <cuvq/kernel/sort_rows.cuh>
 #include <cuvq/views.hpp>
@@ -239,9 +240,7 @@ __device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail
                     for (int j = 0; j < batch; ++j) {
                         const float weight = a.weights ? __shfl_sync(0xFFFFFFFFu, own_weight, j0 + j) : 1.0f;
                         if (j < from || j >= to) continue;
-#pragma unroll
-                        for (int c = 0; c < columns_per_lane; ++c)
-                            segment.part[c] = __fmaf_rn(weight, value[j][c], segment.part[c]);
+                        device::accumulate_row(segment.part, value[j], weight, columns_per_lane, 0, 1);
                         if (a.weights) segment.count += weight;
                     }
                     if (!a.weights) segment.count += to - from;
