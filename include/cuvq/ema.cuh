@@ -98,7 +98,8 @@ inline std::size_t ema_apply_workspace_bytes(const shape& s, const ema_params& p
 /// holds a bitwise equal codebook. Their state is that of a single rank with the whole batch, to the error that
 /// `accumulate` states for its sums.
 ///
-/// @param state        in/out: K codes in D dimensions, device memory.
+/// @param state        in/out: K codes in D dimensions, device memory. If it carries a prepared codebook, that is made
+///                     anew, in a launch more (two for D > 269).
 /// @param counts       [K] float, device memory, as `accumulate` leaves them.
 /// @param sums         [K x D] float, device memory. A code whose counts or sums are not finite (or negative counts),
 ///                     or whose new row would not be finite, is left wholly unchanged and counted in `skipped_codes`.
@@ -145,7 +146,7 @@ inline std::size_t ema_update_workspace_bytes(const shape& s, const ema_params& 
 /// `accumulate` of one batch, then `ema_apply` with x as the replacements.
 ///
 /// @param state  in/out: K codes in D dimensions, device memory; its codebook holds float or the type of x. K at most
-///               2^32 - 2.
+///               2^32 - 2. A prepared codebook that it carries is made anew.
 /// @param x      [N x D] device memory; float, __half or __nv_bfloat16; N >= 0. Rows may be strided.
 /// @param codes  [N] device memory: the code of each row of x, as `quantize` gives it; rows are left out as in
 ///               `accumulate`.

@@ -56,7 +56,7 @@ inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_param
 /// @param quantized [N x D] out, of the type of x, or `discard`: the chosen rows; NaN where there is none.
 /// @param distances [N] out, float, or `discard`: squared distances to the chosen rows, relative error at most
 ///                  4e-7 log2(D + 1) in float's normal range; NaN where there is none.
-/// @param params    metric, accuracy, where to write `step_stats` (device memory).
+/// @param params    metric, accuracy, what `prepare` made of the codebook, where to write `step_stats`.
 /// @param ws        `quantize_workspace_bytes` of device memory, or empty: allocated on the stream.
 /// @param stream    everything runs here, asynchronously; may be captured in a graph.
 /// @throws std::invalid_argument naming the argument, before any launch: shapes that do not match, null or misaligned

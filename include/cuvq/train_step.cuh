@@ -54,7 +54,7 @@ inline std::size_t train_step_workspace_bytes(const shape& s, const train_params
 /// One whole train step: `quantize` with the codebook as it stands, then `ema_update`.
 ///
 /// @param state     in/out: K codes in D dimensions, device memory; its codebook holds float or the type of x. K at
-///                  most 2^32 - 2.
+///                  most 2^32 - 2. A prepared codebook that it carries is used, and made anew for the next step.
 /// @param x         [N x D] device memory; float, __half or __nv_bfloat16; N >= 0. Rows may be strided.
 /// @param codes     [N] out, device memory; as `quantize` gives them.
 /// @param quantized [N x D] out, of the type of x, or `discard`: rows of the codebook before the step.

@@ -85,7 +85,7 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cu
 }
 
 /// The same for a kernel that may start while the one before it in the stream still runs, in clusters of `cluster`
-/// blocks. It must wait for that one by arch::await_previous_kernel() in every thread, before it reads or writes
+/// blocks. It must wait for that one by arch::wait_for_predecessor() in every thread, before it reads or writes
 /// anything in global memory.
 template <class... Parameters, class... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,

@@ -12,9 +12,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/device/accumulate.cuh>
-#include <cuvq/kernel/hopper.cuh>
 #include <cuvq/kernel/sort_rows.cuh>
 #include <cuvq/views.hpp>
 
@@ -24,8 +24,8 @@ namespace cuvq::kernel {
 /// summed by several blocks, none of which would see the whole of a row.
 template <class X>
 __global__ void list_finite_rows(matrix_ref<const X> x, row_source source, coded_row* rows) {
-    wait_for_predecessor();
-    let_successor_start();
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t warps = std::int64_t{gridDim.x} * blockDim.x / 32;
     for (std::int64_t i = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32; i < source.count; i += warps) {
@@ -302,8 +302,8 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::
                                                                         unsigned long long* invalid_rows) {
     constexpr int warps = Tile::threads / 32, columns_per_lane = Tile::columns / 32;
     __shared__ segment_storage<Tile> storage;
-    wait_for_predecessor();
-    let_successor_start();
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t columns = a.x.columns, slices = (columns - 1) / Tile::columns + 1;
     const std::int64_t run = blockIdx.x / slices, slice = blockIdx.x % slices * Tile::columns;
@@ -356,8 +356,8 @@ __global__ __launch_bounds__(Tile::merge_threads) void merge_runs(vector_ref<flo
                                                                   sorted_rows s, bool add) {
     constexpr int warps = Tile::merge_threads / 32, columns_per_lane = Tile::columns / 32, ahead = 4;
     __shared__ double shared_sum[warps][Tile::columns];
-    wait_for_predecessor();
-    let_successor_start();
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
     __shared__ double shared_count[warps];
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const std::int64_t columns = sums.columns, slices = (columns - 1) / Tile::columns + 1;

@@ -5,10 +5,10 @@
 
 #include <cuda_runtime.h>
 
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/device/ema.cuh>
 #include <cuvq/kernel/gather.cuh>
-#include <cuvq/kernel/hopper.cuh>
 #include <cuvq/params.hpp>
 
 namespace cuvq::kernel {
@@ -67,8 +67,8 @@ template <int Threads, class T, class R>
 __global__ __launch_bounds__(Threads) void sum_sizes(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
                                                      double* parts) {
     __shared__ double warp_sum[Threads / 32];
-    wait_for_predecessor();
-    let_successor_start();
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     double sum = 0;
     for (std::int64_t k = std::int64_t{blockIdx.x} * (Threads / 32) + warp; k < a.counts.size;
@@ -90,8 +90,8 @@ template <int Threads, class T, class R>
 __global__ __launch_bounds__(Threads) void ema_apply(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
                                                      const double* parts, ema_tally tally) {
     __shared__ std::int64_t shared_step;
-    wait_for_predecessor();
-    let_successor_start();
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
     if (threadIdx.x == 0) shared_step = take_step(a.state.step);
     const std::int64_t first = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32;
     if (first < a.counts.size) touch_code(a.state, first);
@@ -111,8 +111,8 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
     int block_bits, bool vectors, bool checks, float* counts, unsigned long long* invalid_rows, ema_tally tally) {
     __shared__ gather_storage<Tile> shared;
     __shared__ std::int64_t shared_step;
-    wait_for_predecessor();
-    let_successor_start();
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
     const std::int64_t all_codes = update.state.codebook.rows;
     const auto codes = gathered_codes::of<Tile>(all_codes, block_bits);
     const int columns = static_cast<int>(a.x.columns);
@@ -139,7 +139,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
         update.sums = {sums + (static_cast<std::int64_t>(c) - k) * columns, all_codes, columns, columns};
         update_code(update, p, e, k, tally);
     }
-    cluster<Tile::cluster>::wait();
+    arch::cluster<Tile::cluster>::wait();
 }
 
 }  // namespace cuvq::kernel

@@ -10,9 +10,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/kernel/accumulate.cuh>
-#include <cuvq/kernel/hopper.cuh>
 #include <cuvq/kernel/sort_rows.cuh>
 #include <cuvq/views.hpp>
 
@@ -69,7 +69,7 @@ template <class Tile, class X>
 __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
                              const row_source& source, const gathered_codes& codes, bool vectors, bool checks,
                              unsigned long long* invalid_rows) {
-    using blocks = cluster<Tile::cluster>;
+    using blocks = arch::cluster<Tile::cluster>;
     constexpr int warps = Tile::threads / 32, per_warp = Tile::rows / warps, per_lane = per_warp / 32;
     constexpr int columns_per_lane = Tile::columns / 32, window = Tile::rows * Tile::cluster;
     constexpr unsigned most_codes = gather_storage<Tile>::most_codes, codes_per_lane = (most_codes + 31) / 32;
@@ -267,8 +267,8 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather(detail::ac
                                                                       int block_bits, bool vectors, bool checks,
                                                                       bool add, unsigned long long* invalid_rows) {
     __shared__ gather_storage<Tile> shared;
-    wait_for_predecessor();
-    let_successor_start();
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
     const auto codes = gathered_codes::of<Tile>(a.sums.rows, block_bits);
     gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
     const int columns = static_cast<int>(a.x.columns);
@@ -278,7 +278,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather(detail::ac
             put(a.sums.row(k)[d], shared.sum[c * columns + d], add);
         if (threadIdx.x % 32 == 0) put(a.counts[k], shared.count[c], add);
     }
-    cluster<Tile::cluster>::wait();
+    arch::cluster<Tile::cluster>::wait();
 }
 
 }  // namespace cuvq::kernel

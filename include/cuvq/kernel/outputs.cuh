@@ -8,7 +8,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cuvq/arch/dependent.cuh>
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/views.hpp>
@@ -175,7 +175,7 @@ inline constexpr int outputs_threads = 256;
 template <class X, class C>
 __global__ __launch_bounds__(outputs_threads) void write_outputs(const __grid_constant__ detail::quantize_args<X, C> a,
                                                                  const __grid_constant__ search_tally tally) {
-    arch::await_previous_kernel();
+    arch::wait_for_predecessor();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t warp = (std::int64_t{blockIdx.x} * outputs_threads + threadIdx.x) / 32;
     constexpr int rows = 8;  // of a warp at a time

@@ -10,7 +10,7 @@
 #include <cuda_runtime.h>
 #include <cub/block/block_reduce.cuh>
 
-#include <cuvq/arch/dependent.cuh>
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/arch/wgmma_sm90.cuh>
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/device/image.cuh>
@@ -39,8 +39,8 @@ inline constexpr int centre_rows = 32;
 /// that no block waits for another.
 template <int Threads, int Steps, class C>
 __global__ __launch_bounds__(Threads) void prepare(matrix_ref<const C> codebook, codebook_image image) {
-    arch::await_previous_kernel();
-    arch::let_next_kernel_start();
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
     using layout = arch::wgmma_layout<Steps>;
     using reduce = cub::BlockReduce<double, Threads>;
     __shared__ typename reduce::TempStorage storage;

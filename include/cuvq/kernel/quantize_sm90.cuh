@@ -12,7 +12,7 @@
 #include <cuda_runtime.h>
 #include <cuda/ptx>
 
-#include <cuvq/arch/dependent.cuh>
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/arch/wgmma_sm90.cuh>
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/device/certificate.cuh>
@@ -314,8 +314,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
     const row_span span{a.x.rows};
     if (threadIdx.x == 0) barriers.init();
     if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
-    arch::let_next_kernel_start();
-    arch::await_previous_kernel();
+    arch::let_successor_start();
+    arch::wait_for_predecessor();
     __syncthreads();
     load_centre(image, static_cast<int>(a.x.columns), 16 * Tile::steps, centre);
     load_bounds(image, tiles, bounds);

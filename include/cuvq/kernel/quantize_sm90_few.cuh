@@ -11,7 +11,7 @@
 #include <cuda_runtime.h>
 #include <cuda/ptx>
 
-#include <cuvq/arch/dependent.cuh>
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/arch/wgmma_sm90.cuh>
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/device/certificate.cuh>
@@ -50,14 +50,6 @@ struct few_shared {
 
 #if CUVQ_HAS_WGMMA
 
-/// The same place in the shared memory of block `rank` of the cluster.
-template <class T>
-__device__ const T* of_block(const T* local, unsigned rank) {
-    std::uint64_t at;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(local), "r"(rank));
-    return reinterpret_cast<const T*>(at);
-}
-
 /// Row `row` of the 64, from what the warpgroups of the cluster made of it: its exact code; or `code_aside` where only
 /// the whole block should look. `list`: room for few_candidates, the warp's own. Whole warp.
 template <int Groups, class X, class C>
@@ -65,7 +57,7 @@ __device__ std::int64_t settle_few(const row_results* results, unsigned blocks, 
                                    int* list, const X* x, const matrix_ref<const C>& codebook, std::int64_t columns) {
     const unsigned lane = threadIdx.x % 32;
     const bool part = lane < Groups * blocks;  // a lane per warpgroup
-    const row_results* result = of_block(results + lane % Groups, part ? lane / Groups : 0);
+    const row_results* result = arch::cluster<few_blocks>::at(results + lane % Groups, part ? lane / Groups : 0);
     const int mine = part ? result->best[row] : leaders::least, code = result->code[row];
     const int best = __reduce_max_sync(0xFFFFFFFFu, mine);
     if (!exact) {
@@ -155,14 +147,14 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
                            image.rows + std::int64_t{tile_of(j)} * shared::code_bytes, shared::code_bytes,
                            full + stage);
     };
-    arch::let_next_kernel_start();
+    arch::let_successor_start();
     if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
     if (threadIdx.x < row_results::rows) wide[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
         for (int i = 0; i < stages; ++i) ptx::mbarrier_init(full + i, 1);
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
-    arch::await_previous_kernel();
+    arch::wait_for_predecessor();
     if (threadIdx.x == 0)
         for (int j = 0; j < stages; ++j) fetch(j);
 

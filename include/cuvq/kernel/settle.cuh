@@ -8,7 +8,7 @@
 #include <cuda_runtime.h>
 #include <cub/block/block_scan.cuh>
 
-#include <cuvq/arch/dependent.cuh>
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/arch/wgmma_sm90.cuh>
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/device/certificate.cuh>
@@ -202,7 +202,7 @@ __global__ __launch_bounds__(settle_threads) void settle_aside(const __grid_cons
     __shared__ std::int64_t codes[warps];
     __shared__ bool decides;
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    arch::await_previous_kernel();
+    arch::wait_for_predecessor();
 
     int count[each], total;
 #pragma unroll

@@ -9,7 +9,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cuvq/kernel/hopper.cuh>
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::kernel {
@@ -126,8 +126,8 @@ __global__ __launch_bounds__(Block::threads) void count_digits(row_source source
                                                                std::uint32_t* histogram, bool clear,
                                                                vector_ref<float> counts, matrix_ref<float> sums) {
     extern __shared__ std::uint32_t shared_bins[];
-    wait_for_predecessor();
-    let_successor_start();
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     for (std::uint32_t b = threadIdx.x; b < pass.bins; b += Block::threads) shared_bins[b] = 0;
     __syncthreads();
@@ -165,8 +165,8 @@ __global__ __launch_bounds__(Tile::bins* Tile::warps) void scan_histograms(std::
     constexpr std::uint32_t scan_bins = Tile::bins, scan_warps = Tile::warps;
     constexpr std::uint32_t held = 16;  // chunks of a thread that are read once
     __shared__ std::uint32_t shared_sum[scan_warps][scan_bins];
-    wait_for_predecessor();
-    let_successor_start();
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
     const std::uint32_t lane = threadIdx.x % scan_bins, warp = threadIdx.x / scan_bins;
     const std::uint32_t bin = blockIdx.x * scan_bins + lane;
     const std::uint32_t part = (chunks + scan_warps - 1) / scan_warps;
@@ -212,8 +212,8 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
     constexpr int bins_per_thread = Block::most_bins / Block::threads;
     extern __shared__ std::uint32_t shared_start[];  // [bins] where the next row of a bin goes
     __shared__ std::uint32_t shared_warp_total[Block::warps];
-    wait_for_predecessor();
-    let_successor_start();
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const std::uint32_t words = (pass.bins + 1) / 2;
     std::uint32_t* shared_words = shared_start + pass.bins;  // [warps][words]: two bins a word

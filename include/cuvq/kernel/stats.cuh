@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 #include <cub/block/block_reduce.cuh>
 
-#include <cuvq/kernel/hopper.cuh>
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/params.hpp>
 #include <cuvq/views.hpp>
 
@@ -35,7 +35,7 @@ __global__ __launch_bounds__(Threads) void write_stats(stats_parts parts, step_s
     using reduce = cub::BlockReduce<double, static_cast<int>(Threads)>;
     __shared__ typename reduce::TempStorage storage;
     __shared__ double shared_total;
-    wait_for_predecessor();
+    arch::wait_for_predecessor();
     const auto share = [&](std::int64_t k) {
         if (parts.histogram) return static_cast<double>(parts.histogram[k]);
         const float n = parts.counts[k];

@@ -8,7 +8,7 @@
 
 #include <cuda_runtime.h>
 
-namespace cuvq::kernel {
+namespace cuvq::arch {
 
 /// Waits until the kernels before this one on the stream are done and their writes visible. First of all that a kernel
 /// launched by `detail::launch_dependent` does.
@@ -63,4 +63,4 @@ struct cluster {
     }
 };
 
-}  // namespace cuvq::kernel
+}  // namespace cuvq::arch
