@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include <cuda_runtime.h>
 
@@ -46,6 +47,20 @@ void prepare(const CodebookView& codebook, const prepared_codebook& prepared, cu
     detail::check_prepared(function, "prepared", prepared, bytes);
     detail::carver c(prepared.data);
     dispatch::prepare(rows, dispatch::take_image(c, rows.rows, rows.columns), stream);
+}
+
+/// What `prepare` made of a codebook of K codes in D dimensions, as kernels of your own pass it to
+/// `device::nearest<mma_tile<...>>`. Host code, launches nothing; valid while the memory of `prepared` is.
+/// @throws std::invalid_argument as `prepare`.
+inline device::image_ref image_of(const prepared_codebook& prepared, std::int64_t codes, std::int64_t dimensions) {
+    const char* function = "image_of";
+    const std::size_t bytes = prepared_codebook_bytes(codes, dimensions);
+    if (prepared.data == nullptr)
+        detail::bad_argument(function, "prepared", "a null pointer", std::to_string(bytes) + " bytes of device memory");
+    detail::check_prepared(function, "prepared", prepared, bytes);
+    detail::carver c(prepared.data);
+    const kernel::codebook_image image = dispatch::take_image(c, codes, dimensions);
+    return {image.centre, image.scale, image.bounds, image.rows, dispatch::image_layout(dimensions)};
 }
 
 namespace detail {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include <cuvq/dispatch/quantize.cuh>
+#include <cuvq/prepare.cuh>
 
 #include "support/device.cuh"
 
@@ -32,29 +33,27 @@ protected:
 template <class C>
 class device_image {
 public:
-    /// By the kernel that `quantize` would take or, if `wide`, by the one for any number of dimensions.
+    /// As `prepare` makes it or, if `wide`, by the kernel for any number of dimensions.
     explicit device_image(const matrix_ref<const C>& codebook, bool wide = false)
-        : layout_(dispatch::image_layout(codebook.columns)),
-          centre_(codebook.columns),
-          scale_(2),
-          bounds_(device::image_ref::parts(codebook.rows)),
-          rows_(device::image_ref::tiles(codebook.rows) * device::image_tile * layout_.row_bytes()) {
-        const kernel::codebook_image image{centre_.data(), scale_.data(), bounds_.data(), rows_.data()};
+        : memory_(static_cast<std::int64_t>(prepared_codebook_bytes(codebook.rows, codebook.columns)) *
+                  (wide ? 2 : 1)) {
+        const prepared_codebook prepared{memory_.data(), static_cast<std::size_t>(memory_.size())};
+        image_ = image_of(prepared, codebook.rows, codebook.columns);
         if (wide) {
-            layout_.steps = static_cast<int>((codebook.columns + 2) / 16 + 1);
-            dispatch::prepare_wide(codebook, image, layout_, nullptr);
+            image_.layout.steps = static_cast<int>((codebook.columns + 2) / 16 + 1);
+            detail::carver c(memory_.data());
+            dispatch::prepare_wide(codebook, dispatch::take_image(c, codebook.rows, codebook.columns), image_.layout,
+                                   nullptr);
         } else {
-            dispatch::prepare(codebook, image, nullptr);
+            prepare(strided(codebook.data, codebook.rows, codebook.columns, codebook.stride), prepared);
         }
         check(cudaDeviceSynchronize());
     }
-    device::image_ref ref() const { return {centre_.data(), scale_.data(), bounds_.data(), rows_.data(), layout_}; }
+    const device::image_ref& ref() const { return image_; }
 
 private:
-    arch::slab_layout layout_;
-    device_array<float> centre_, scale_;
-    device_array<device::score_bounds> bounds_;
-    device_array<char> rows_;
+    device_array<char> memory_;
+    device::image_ref image_;
 };
 
 }  // namespace cuvq::test
