@@ -71,7 +71,7 @@ measure() {
 measure cuvq_float 85 --shapes=large,seed,models
 measure cuvq_hard 15 --shapes=large --data=hard --cases=quantize --no-peers
 measure cuvq_scaling 45 --shapes=scaling --cases=quantize,ema_update --codes=uniform
-run peers $((total - 170)) "$python" "$root/bench/peers.py" --shapes=seed,large,models,scaling --seconds=0.05 \
+run peers $((total - 140)) "$python" "$root/bench/peers.py" --shapes=seed,large,models,scaling --seconds=0.05 \
     --out="$out/peers.json" --context=commit="$commit" --context=driver="$driver"
 measure cuvq_half 120 --shapes=large,seed,models --types=half,bfloat16
 "$python" "$root/bench/results.py" --ratios "$out" || failed=1

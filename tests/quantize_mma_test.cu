@@ -48,7 +48,7 @@ struct search_memory {
     device_array<std::int64_t> codes;
     device_matrix<X> quantized;
     device_array<float> distances;
-    device_array<double> loss{dispatch::most_search_blocks};
+    device_array<double> loss{dispatch::most_losses};
     device_array<unsigned long long> histogram;
     row_layout layout;
 
@@ -92,7 +92,7 @@ struct search_memory {
             const unsigned blocks = detail::blocks_for(x.rows(), simt_tile::rows, dispatch::most_search_blocks);
             detail::launch(kernel::quantize<simt_tile, dynamic_extent, X, C>, blocks, simt_tile::threads, nullptr, 0,
                            args, tally);
-            return std::int64_t{blocks};
+            return std::int64_t{blocks} * (simt_tile::threads / 32);
         });
     }
 };
