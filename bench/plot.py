@@ -104,6 +104,10 @@ def save(figure, path):
     print(path)
 
 
+def beforehand(rows):
+    return ", codebook prepared" if rows.own_variant == "prepared" else ""
+
+
 def roofline(rows, out):
     ceilings = rows.ceilings()
     if not ceilings:
@@ -140,7 +144,7 @@ def roofline(rows, out):
     written_out(axes.yaxis)
     axes.set_xlabel("operations per byte (2NKD over the fewest bytes)")
     axes.set_ylabel("TFLOP/s")
-    axes.set_title("quantize, float32, codes only", loc="left", fontsize=10)
+    axes.set_title("quantize, float32, codes only" + beforehand(rows), loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     tidy(axes)
     large = set(results.shapes_of("large"))
@@ -177,8 +181,7 @@ def speedup(rows, set_name, out):
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.set_yticks([-i for i in range(len(lines))], [text for text, _ in lines], fontsize=8)
     axes.set_ylim(-len(lines) + 0.4, 0.6)
-    beforehand = ", codebook prepared" if rows.own_variant == "prepared" else ""
-    axes.set_xlabel(f"time divided by that of cuvq (exact{beforehand}): right of the line, cuvq is faster")
+    axes.set_xlabel(f"time divided by that of cuvq (exact{beforehand(rows)}): right of the line, cuvq is faster")
     axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0))
     tidy(axes)
     axes.grid(False, axis="y")
@@ -250,7 +253,7 @@ def main(arguments):
         speedup(rows, set_name, out)
     scaling(rows, SCALING, quantize_us,
             [(0, {1: 1024, 2: 128}), (1, {0: 65536, 2: 128}), (2, {0: 65536, 1: 1024})],
-            "quantize, float32, codes only", out / "scaling_quantize.svg")
+            "quantize, float32, codes only" + beforehand(rows), out / "scaling_quantize.svg")
     scaling(rows, UPDATE + ("read_x",), update_us,
             [(0, {1: 1024, 2: 128}), (1, {0: 65536, 2: 128}), (2, {0: 65536, 1: 1024})],
             "ema_update, float32, uniform codes (others than cuvq and RecTokens: sums only)", out / "scaling_ema_update.svg")

@@ -19,7 +19,7 @@ NO_RUN = "No run is recorded yet; `bench/run_gpu.sh` makes one.\n"
 QUANTIZE = (
     (("cuvq/prepared",), "**cuvq**, codebook prepared"),
     (("cuvq/codes",), "**cuvq**"),
-    (("cuvq/fast",), "cuvq, `accuracy::fast`"),
+    (("cuvq/fast",), "cuvq, `accuracy::fast`, codebook prepared"),
     (("flash_kmeans",), "flash-kmeans"),
     (("rectokens",), "RecTokens"),
     (("torch_addmm_tf32", "torch_compile_tf32"), "PyTorch TF32 ¹"),
@@ -83,6 +83,8 @@ def cell(us, row=None):
     text = number(us)
     if row and row.wrong:
         text += f" ({row.wrong})"
+    elif row and "WRONG" in row.label:
+        text += " (wrong)"
     return text
 
 
@@ -126,6 +128,14 @@ def ratio(numerator, denominator):
         return "–"
     value = numerator / denominator
     return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.4f}"
+
+
+def ratios_of(rows):
+    """Says which of cuvq's times are divided."""
+    if rows.own_variant != "prepared":
+        return ""
+    return ("Of `quantize` the time with a prepared codebook, but for what quantized rows and distances add and for "
+            "`train_step`: there the codebook is prepared in each call.\n")
 
 
 def ratio_table(rows):
@@ -208,7 +218,7 @@ def block(rows, directory, readme):
     parts += folded("cuvq alone: shapes of models", own_table(rows, ("models",), OWN))
     parts += folded("cuvq alone: `ema_update` by type of the vectors and by codes",
                     own_table(rows, ("seed", "large", "models"), OWN_UPDATE))
-    parts += folded("cuvq's times divided by others, and by each other", ratio_table(rows))
+    parts += folded("cuvq's times divided by others, and by each other", ratios_of(rows), ratio_table(rows))
     for file, text in CHARTS:
         if (directory / file).exists():
             path = os.path.relpath(directory / file, readme.parent).replace(os.sep, "/")

@@ -26,19 +26,27 @@ bench=
 for candidate in "$build/bench/cuvq_bench" "$build/cuvq_bench"; do
     if [ -x "$candidate" ]; then bench=$candidate; fi
 done
-if [ -z "$bench" ]; then
+if [ -e "$build/CMakeCache.txt" ] && [ -n "$bench" ]; then
+    cmake --build "$build" --target cuvq_bench --parallel # lest an old binary passes for this commit
+elif [ -z "$bench" ]; then
     cmake -S "$root" -B "$build" -D CMAKE_BUILD_TYPE=Release -D CUVQ_BUILD_BENCH=ON -D CUVQ_BUILD_TESTS=OFF \
         -D CUVQ_BUILD_EXAMPLES=OFF
     cmake --build "$build" --target cuvq_bench --parallel
     bench=$build/bench/cuvq_bench
 fi
 
+total=${BUDGET:-455} # seconds in which rows may start; a step that overruns is killed 15 s after its share
+case $total in
+'' | *[!0-9]*)
+    echo "run_gpu.sh: BUDGET: got $total; wants a whole number of seconds" >&2
+    exit 2
+    ;;
+esac
 commit=${CUVQ_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
 mkdir -p "$out"
-rm -f "$out"/{cuvq_,peers}*.json
+rm -f "$out"/{cuvq_,peers}*.json "$out"/*.svg
 failed=0
 SECONDS=0
-total=${BUDGET:-455} # seconds in which rows may start; a step that overruns is killed 15 s after its share
 
 # run NAME SHARE COMMAND...: a step that leaves NAME.json, in at most SHARE seconds or what is left of all.
 run() {

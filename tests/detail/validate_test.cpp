@@ -223,7 +223,8 @@ TEST_F(QuantizeErrors, NoSuchMetricOrAccuracy) {
     params = {};
     params.accuracy = static_cast<accuracy>(99);
     EXPECT_EQ(call(),
-              "cuvq::reference::quantize: params.accuracy: got no enumerator of accuracy; wants accuracy::exact or accuracy::fast");
+              "cuvq::reference::quantize: params.accuracy: got no enumerator of accuracy; wants accuracy::exact or "
+              "accuracy::fast");
 }
 
 TEST_F(QuantizeErrors, ARefusedCallWritesNothing) {
@@ -440,7 +441,8 @@ TEST_F(EmaErrors, TrainStepBatchAndOutputs) {
     p = {};
     p.accuracy = static_cast<accuracy>(99);
     EXPECT_EQ(train(xs, to, discard, p),
-              "cuvq::reference::train_step: params.accuracy: got no enumerator of accuracy; wants accuracy::exact or accuracy::fast");
+              "cuvq::reference::train_step: params.accuracy: got no enumerator of accuracy; wants accuracy::exact or "
+              "accuracy::fast");
 }
 
 TEST_F(EmaErrors, CodesTooNarrowForK) {
