@@ -197,6 +197,15 @@ def folded(title, *parts):
     return [f"<details><summary>{title}</summary>\n", *(p for p in parts if p), "</details>\n"]
 
 
+def pytorch_forms(rows):
+    """Of which ways of PyTorch's the fastest stands in the first table."""
+    ways = (("torch_addmm", "addmm + argmin"), ("torch_compile", "the same compiled"), ("torch_cdist", "cdist + argmin"))
+    measured = [name for who, name in ways if any(row.us and row.who.startswith(who) for row in rows.rows)]
+    if len(measured) == 1:
+        return f"¹ {measured[0]}; the run had no time for other ways."
+    return f"¹ The fastest of {', '.join(measured)}."
+
+
 def block(rows, directory, readme):
     if not rows:
         return NO_RUN
@@ -204,11 +213,12 @@ def block(rows, directory, readme):
              "row is taken.\n"]
     quantize = quantize_table(rows, ("seed", "large"), QUANTIZE)
     if quantize:
-        parts += ["`quantize`, float32, codes only. In parentheses: wrong codes among up to 4096 rows. ¹ The fastest of "
-                  "addmm + argmin, the same compiled, and cdist + argmin.\n", quantize]
+        parts += ["`quantize`, float32, codes only. In parentheses: wrong codes among up to 4096 rows. " +
+                  pytorch_forms(rows) + "\n", quantize]
     parts += folded("Shapes of models", quantize_table(rows, ("models",), QUANTIZE))
     pytorch = quantize_table(rows, ("seed", "large", "models"), PYTORCH)
-    parts += folded("PyTorch, each way by itself", pytorch and "² The whole layer, host time included.\n", pytorch)
+    parts += folded("PyTorch, each way by itself",
+                    "² The whole layer, host time included.\n" if "²" in pytorch else "", pytorch)
     update = update_table(rows)
     if update:
         parts += ["`ema_update`, float32, given codes. ¹ Counts and sums only, no update.\n", update]
