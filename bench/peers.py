@@ -6,8 +6,10 @@ The rows have the names, the format and the counters of cuvq_bench's, so that pl
 by side. Each package is used if it can be imported; what is not there, or would need more than 40 GB, is reported as
 skipped. The way of timing is cuvq_bench's too: as many calls as take about 1 ms captured in a CUDA graph, events around
 it, the median of many; standard normal data; vectors that fit in L2 stay there, larger ones rotate. Norms that a
-kernel wants of its inputs are made beforehand. The state of an EMA update is reset before each sample, with idle
-steps spread as in cuvq_bench.
+kernel wants of its inputs are made beforehand; packages run with their defaults (flash-kmeans picks its tiles by a rule
+of its own, torch.compile does not tune). Launches of more than 1 ms are not captured: they follow one another behind a
+wait. The state of an EMA update is reset before each sample, with idle steps spread as in cuvq_bench. Judged are the
+codes of `quantize` and of RecTokens' train step, and the sums of `accumulate`.
 
 Rows go by importance and cost, peer by peer; those that --budget leaves no time for are reported as skipped. Of the
 shapes of the set `scaling`, only the peers that the scaling charts show are timed.
@@ -279,8 +281,10 @@ class RectokensTrain(RectokensUpdate):
         self.nearest = module("rectokens.ops.nn_quantize").nearest_neighbor_quantize
 
     def __call__(self, s):
-        self.codes[s] = self.nearest(self.x[s], self.state[2])
+        codes = self.nearest(self.x[s], self.state[2])
+        self.codes[s] = codes
         super().__call__(s)
+        return codes
 
 
 class Peer:
@@ -332,9 +336,11 @@ def measure(peer, p, distribution, seconds):
     n, k, d = p.shape
     counters = {"us": median, "us_min": fastest, "sets": p.sets}
     label = "" if peer.captured else "host time included"
+    getattr(call, "reset", lambda: None)()
     result = call(0)
     if peer.test == "quantize":
         counters["TFLOP/s"] = 2e-6 * n * k * d / median
+    if peer.test == "quantize" or isinstance(call, RectokensTrain):
         counters["wrong"] = p.wrong(result)
         if counters["wrong"]:
             mark = f"WRONG CODES: {counters['wrong']} of {min(n, SAMPLED_ROWS)} rows"
@@ -437,7 +443,7 @@ def parse(arguments):
     shapes = []
     for text in options.shape:
         parts = text.split(",")
-        if len(parts) != 3 or not all(n.isdigit() and int(n) >= 1 for n in parts):
+        if len(parts) != 3 or not all(n.isdecimal() and int(n) >= 1 for n in parts):
             parser.error(f"--shape: got '{text}'; wants N,K,D: whole numbers from 1")
         shapes.append(tuple(int(n) for n in parts))
     names = options.shapes.split(",") if options.shapes else [] if shapes else ["seed"]
