@@ -13,6 +13,7 @@ using floats = cuvq::vector_view<float>;
 
 template <class T>
 void use(const cuvq::codebook_state<float, 16>& state, const matrix<T>& x, const codes& c, const floats& f) {
+    cuvq::prepare(state.codebook, state.prepared);
     cuvq::quantize(x, state.codebook, c, x, f);
     cuvq::lookup(state.codebook, c, x);
     cuvq::accumulate(x, c, f, state.embed_sum);
@@ -21,7 +22,7 @@ void use(const cuvq::codebook_state<float, 16>& state, const matrix<T>& x, const
     cuvq::train_step(state, x, c, x);
 }
 
-template void use(const cuvq::codebook_state<float, 16>&, const matrix<float>&, const codes&, const floats&);
+// The type of vectors that differs from the codebook's asks for the most.
 template void use(const cuvq::codebook_state<float, 16>&, const matrix<__half>&, const codes&, const floats&);
 
 }  // namespace architectures
