@@ -153,7 +153,8 @@ std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const ke
     const auto search = kernel::quantize_sm90_few<Tile, X, C>;
     const std::int64_t tiles = (args.codebook.rows - 1) / kernel::image_tile + 1;
     std::int64_t cluster = 1;
-    while (2 * cluster <= kernel::few_blocks && groups * 2 * cluster <= processors && cluster < tiles) cluster *= 2;
+    while (2 * cluster <= kernel::few_blocks && cluster < tiles && groups * 2 * cluster <= few_room(2 * cluster, processors))
+        cluster *= 2;
     const std::int64_t blocks = groups * cluster;
     allow_shared_bytes(search, kernel::few_shared<Tile>::allocated);
     detail::launch_dependent(search, static_cast<unsigned>(blocks), kernel::few_threads, stream,
@@ -172,14 +173,14 @@ std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const k
     const std::int64_t blocks = std::min<std::int64_t>({processors, groups, most_blocks});
     allow_shared_bytes(search, shared::allocated);
     detail::launch_dependent(search, static_cast<unsigned>(blocks), static_cast<unsigned>(shared::threads), stream,
-                             shared::allocated, 1, args, scratch.image, tally, scratch.aside, skip_tiles, exact,
+                             shared::allocated, 0, args, scratch.image, tally, scratch.aside, skip_tiles, exact,
                              kernel::tag_mask);
     if (scratch.aside.capacity > 0)
-        detail::launch_dependent(kernel::settle_aside<X, C>, settle_blocks, kernel::settle_threads, stream, 0, 1, args,
+        detail::launch_dependent(kernel::settle_aside<X, C>, settle_blocks, kernel::settle_threads, stream, 0, 0, args,
                                  tally, scratch.aside, static_cast<int>(blocks * kernel::finishing_warps));
     if (!kernel::wants_rows(args, tally)) return 0;
     const unsigned output_blocks = detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, processors * 8);
-    detail::launch_dependent(kernel::write_outputs<X, C>, output_blocks, kernel::outputs_threads, stream, 0, 1, args,
+    detail::launch_dependent(kernel::write_outputs<X, C>, output_blocks, kernel::outputs_threads, stream, 0, 0, args,
                              tally);
     return std::int64_t{output_blocks} * (kernel::outputs_threads / 32);
 }

@@ -165,7 +165,8 @@ __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_c
             }
             if (!whole || __any_sync(0xFFFFFFFFu, !(split::row_sum(image.square) < 0x1p26f))) {
                 const bool inside = first + i < x.rows;
-                factor = image.convert(x.row(inside ? first + i : 0), inside, columns, scaled_centre, scale);
+                const auto centre = [&](int d) { return *reinterpret_cast<const float4*>(scaled_centre + d); };
+                factor = image.convert(x.row(inside ? first + i : 0), inside, columns, centre, scale);
             }
             const float error = image.error(factor, bounds);
             if (split::lane() == 0) errors[buffer.at * row_results::rows + row0 + i] = error;

@@ -44,11 +44,14 @@ struct row_image {
     int row;
     float square = 0, residual = 0;  // sums of squares: of t s (x - centre), and of what fp16 does to it
 
-    /// Four columns, given the centre times s.
+    /// s (x - centre) of four columns, given the centre times s. These multiply-adds keep subnormal numbers whatever
+    /// the compiler's flags.
+    __device__ static float4 centred(const float4& x, float scale, const float4& centre) {
+        return {__fmaf_ieee_rn(x.x, scale, -centre.x), __fmaf_ieee_rn(x.y, scale, -centre.y),
+                __fmaf_ieee_rn(x.z, scale, -centre.z), __fmaf_ieee_rn(x.w, scale, -centre.w)};
+    }
     __device__ void add(const float4& x, float scale, const float4& centre, int part) {
-        put(float4{fmaf(x.x, scale, -centre.x), fmaf(x.y, scale, -centre.y), fmaf(x.z, scale, -centre.z),
-                   fmaf(x.w, scale, -centre.w)},
-            part);
+        put(centred(x, scale, centre), part);
     }
     __device__ void put(const float4& v, int part) {
         const __half2 half[2] = {__floats2half2_rn(v.x, v.y), __floats2half2_rn(v.z, v.w)};
@@ -85,10 +88,11 @@ struct row_image {
         write(half, part);
     }
 
-    /// Any row, at any alignment, part by part; for what `convert_rows` does not do faster. Rows beyond the last are
-    /// zeros. Chooses t so that the row fits; NaN where none does.
-    template <class X>
-    __device__ float convert(const X* x, bool inside, int columns, const float* scaled_centre, float scale) {
+    /// Any row, at any alignment, part by part; for what is not done faster elsewhere. Rows beyond the last are zeros.
+    /// `centre(column)`: four columns of the centre times the scale, zeros behind the last. Chooses t so that the row
+    /// fits; NaN where none does.
+    template <class X, class Centre>
+    __device__ float convert(const X* x, bool inside, int columns, Centre centre, float scale) {
         float factor = 1.0f;
         for (int pass = 0;; ++pass) {
             square = residual = 0;
@@ -96,10 +100,8 @@ struct row_image {
             for (int s = 0; s < split::parts; ++s) {
                 const int column = split::column(s);
                 if (column >= layout::columns) continue;
-                const float4 v = device::load4(x, column, inside ? columns : 0);
-                const float4 c = *reinterpret_cast<const float4*>(scaled_centre + column);
-                const float4 u{factor * fmaf(v.x, scale, -c.x), factor * fmaf(v.y, scale, -c.y),
-                               factor * fmaf(v.z, scale, -c.z), factor * fmaf(v.w, scale, -c.w)};
+                const float4 v = centred(device::load4(x, column, inside ? columns : 0), scale, centre(column));
+                const float4 u{factor * v.x, factor * v.y, factor * v.z, factor * v.w};
                 put(u, s);
                 if (column + 4 > columns) {
                     __half2 half[2] = {__floats2half2_rn(u.x, u.y), __floats2half2_rn(u.z, u.w)};
@@ -126,16 +128,17 @@ struct row_image {
     }
 };
 
-/// What every block needs of an image before it converts rows: the centre times the scale, zeros behind it.
+/// The centre of an image times its scale, zeros behind it, for a whole block.
 __device__ inline void load_centre(const codebook_image& image, int columns, int padded, float* centre) {
     const float scale = *image.scale;
-    for (int d = threadIdx.x; d < padded; d += blockDim.x) centre[d] = d < columns ? scale * image.centre[d] : 0.0f;
+    for (int d = threadIdx.x; d < padded; d += blockDim.x)
+        centre[d] = d < columns ? __fmaf_ieee_rn(scale, image.centre[d], 0.0f) : 0.0f;
 }
 
-/// The largest bounds of all codes, as integers, in `bounds`, which held zeros. To be read after a barrier.
-__device__ inline void load_bounds(const codebook_image& image, int tiles, int* bounds) {
+/// The largest of the codes' bounds first, first + step, ...: in all lanes, of what all lanes of the warp ask for.
+__device__ inline device::score_bounds most_bounds(const codebook_image& image, int tiles, int first, int step) {
     int most[4] = {};  // bounds are not negative, or NaN or Inf: as integers they compare as they should
-    for (int i = threadIdx.x; i < tiles * (image_tile / image_part); i += blockDim.x) {
+    for (int i = first; i < tiles * (image_tile / image_part); i += step) {
         const code_bounds b = image.bounds[i];
         most[0] = max(most[0], __float_as_int(b.norm));
         most[1] = max(most[1], __float_as_int(b.residual));
@@ -143,10 +146,18 @@ __device__ inline void load_bounds(const codebook_image& image, int tiles, int* 
         most[3] = max(most[3], __float_as_int(b.offset_rest));
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        most[i] = __reduce_max_sync(0xFFFFFFFFu, most[i]);
-        if (threadIdx.x % 32 == i && most[i] > 0) atomicMax(bounds + i, most[i]);
-    }
+    for (int i = 0; i < 4; ++i) most[i] = __reduce_max_sync(0xFFFFFFFFu, most[i]);
+    return {__int_as_float(most[0]), __int_as_float(most[1]), __int_as_float(most[2]), __int_as_float(most[3])};
+}
+
+/// The largest bounds of all codes, as integers, in `bounds`, which held zeros, for a whole block. To be read after a
+/// barrier.
+__device__ inline void load_bounds(const codebook_image& image, int tiles, int* bounds) {
+    const device::score_bounds most = most_bounds(image, tiles, static_cast<int>(threadIdx.x), blockDim.x);
+    const float values[4] = {most.norm, most.residual, most.offset, most.offset_rest};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (threadIdx.x % 32 == i && __float_as_int(values[i]) > 0) atomicMax(bounds + i, __float_as_int(values[i]));
 }
 __device__ inline device::score_bounds as_bounds(const int* bounds) {
     return {__int_as_float(bounds[0]), __int_as_float(bounds[1]), __int_as_float(bounds[2]), __int_as_float(bounds[3])};
