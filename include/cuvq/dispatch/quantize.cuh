@@ -153,10 +153,12 @@ std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const ke
     const auto search = kernel::quantize_sm90_few<Tile, X, C>;
     const std::int64_t tiles = (args.codebook.rows - 1) / kernel::image_tile + 1;
     std::int64_t cluster = 1;
-    while (2 * cluster <= kernel::few_blocks && cluster < tiles && groups * 2 * cluster <= few_room(2 * cluster, processors))
+    while (2 * cluster <= kernel::few_blocks && cluster < tiles &&
+           groups * 2 * cluster <= few_room(2 * cluster, processors))
         cluster *= 2;
     const std::int64_t blocks = groups * cluster;
     allow_shared_bytes(search, kernel::few_shared<Tile>::allocated);
+    CUVQ_CHECK_CUDA(cudaFuncSetAttribute(search, cudaFuncAttributeNonPortableClusterSizeAllowed, cluster > 8));
     detail::launch_dependent(search, static_cast<unsigned>(blocks), kernel::few_threads, stream,
                              kernel::few_shared<Tile>::allocated, static_cast<unsigned>(cluster), args, scratch.image,
                              tally, static_cast<unsigned>(cluster), exact, kernel::tag_mask);

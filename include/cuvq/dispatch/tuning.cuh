@@ -42,7 +42,9 @@ inline constexpr int few_waves = 1;
 
 /// Blocks of it that a card of so many processors holds at once, in clusters of `cluster`: larger clusters do not
 /// come out even in the card's groups of processors (measured on an H100: 66 of 2, 30 of 4, 15 of 8).
-constexpr int few_room(long long cluster, int processors) { return cluster > 2 ? processors * 10 / 11 : processors; }
+constexpr int few_room(long long cluster, int processors) {
+    return cluster > 8 ? processors / 2 : cluster > 2 ? processors * 10 / 11 : processors;
+}
 
 /// From this many tiles of codes on, a tile is looked at closely only where its largest scores could still win.
 inline constexpr int skip_tiles = 24;

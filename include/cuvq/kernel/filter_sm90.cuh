@@ -120,7 +120,9 @@ __device__ inline int third_largest(const int (&s)[64], int half, int runner) {
 }
 
 /// Offers the scores of a tile to the leaders of a thread's two rows with their error bounds. Not `exact`: without the
-/// runners-up.
+/// runners-up. `Together`: the four threads of a row tell each other their best first, which pays where there are few
+/// tiles to learn from.
+template <bool Together>
 __device__ inline void offer_tile(const float (&score)[64], int tile, int mask, bool exact, float error0, float error1,
                                   leaders& lead0, leaders& lead1) {
     int s[64];  // (16 pairs of codes, 2 rows, 2)
@@ -150,8 +152,12 @@ __device__ inline void offer_tile(const float (&score)[64], int tile, int mask, 
     const int runner0 = static_cast<int>(max(near0, near1) + static_cast<unsigned>(top0));
     const int runner1 = static_cast<int>(max(near2, near3) + static_cast<unsigned>(top1));
     // Seldom is a runner-up so close that it may matter; only then may a third one.
-    const bool close0 = runner0 >= least_candidate(max(top0, lead0.best), error0);
-    const bool close1 = runner1 >= least_candidate(max(top1, lead1.best), error1);
+    int best0 = max(top0, lead0.best), best1 = max(top1, lead1.best);
+    if (Together) {
+        best0 = row_largest(best0);
+        best1 = row_largest(best1);
+    }
+    const bool close0 = runner0 >= least_candidate(best0, error0), close1 = runner1 >= least_candidate(best1, error1);
     if (__any_sync(0xFFFFFFFFu, close0 || close1)) {
         if (close0) lead0.rest = max(lead0.rest, third_largest(s, 0, runner0));
         if (close1) lead1.rest = max(lead1.rest, third_largest(s, 1, runner1));

@@ -272,7 +272,7 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
                 const bool may_win = largest(score, 0) >= least0 || largest(score, 1) >= least1;
                 if (!__any_sync(0xFFFFFFFFu, may_win)) continue;
             }
-            offer_tile(score, tile, mask, exact, error0, error1, lead0, lead1);
+            offer_tile<false>(score, tile, mask, exact, error0, error1, lead0, lead1);
             if (tiles >= skip_tiles) {
                 least0 = least_candidate(row_largest(lead0.best), exact ? error0 : 0.0f);
                 least1 = least_candidate(row_largest(lead1.best), exact ? error1 : 0.0f);

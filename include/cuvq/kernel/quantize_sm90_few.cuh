@@ -26,9 +26,9 @@
 namespace cuvq::kernel {
 
 /// Sizes of a block, and the most blocks of a cluster.
-inline constexpr int few_warps = 16, few_threads = 32 * few_warps, few_blocks = 8;
+inline constexpr int few_warps = 16, few_threads = 32 * few_warps, few_blocks = 16;
 
-/// Candidates of a row that eight lanes settle; rows with more are the whole block's.
+/// Candidates of a row that are measured one by one; rows with more are the whole block's.
 inline constexpr int few_candidates = 8;
 
 /// What one of the four threads that share a row in a warpgroup found: its leaders, and the best of all that it
@@ -47,11 +47,13 @@ struct few_shared {
     static constexpr int rows = Tile::few_stages * code_bytes;
     static constexpr int errors = rows + row_bytes;
     static constexpr int leads = errors + row_results::rows * 4;
-    static constexpr int lists = leads + row_results::rows * groups * 4 * static_cast<int>(sizeof(few_lead));
-    static constexpr int codes = lists + row_results::rows * few_candidates * 4;
+    static constexpr int codes = leads + row_results::rows * groups * 4 * static_cast<int>(sizeof(few_lead));
     static constexpr int barriers = codes + row_results::rows * 8;
     static constexpr int bytes = barriers + 8 * (Tile::few_stages + 1);
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
+    // Over the tiles of codes, once they are scored: candidates, and their distances.
+    static constexpr int most_candidates = row_results::rows * few_candidates;
+    static_assert(most_candidates * 16 <= rows, "");
 };
 
 #if CUVQ_HAS_WGMMA
@@ -67,12 +69,12 @@ __device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, s
     cuda::ptx::st_async(there + 4, second, counter);
 }
 
-/// The exact code of a row, from the `count` leads of the threads that scored it, four for every warpgroup; or
-/// `code_aside` where only the whole block should look. Eight lanes; `list`: room for few_candidates, theirs.
-template <class X, class C>
-__device__ std::int64_t settle_few(const few_lead* leads, int count, float error, bool exact, int* list, const X* x,
-                                   const matrix_ref<const C>& codebook, std::int64_t columns) {
-    const unsigned first_lane = threadIdx.x & 24u, mask = 0xFFu << first_lane;
+/// The code of a row from the `count` leads of the threads that scored it, four for every warpgroup: by eight lanes.
+/// `code_aside` where only the whole block can tell; or -3 - n where n of them could be: then `list(n)`, called by all
+/// eight lanes, says where the n go.
+template <class List>
+__device__ int conclude_few(const few_lead* leads, int count, float error, bool exact, List list) {
+    const unsigned mask = 0xFFu << (threadIdx.x & 24u);
     const int lane = static_cast<int>(threadIdx.x) % 8;
     const auto code_of = [&](int tagged_score, int tile, int i) {
         const int at = place_of(tagged_score);
@@ -82,9 +84,9 @@ __device__ std::int64_t settle_few(const few_lead* leads, int count, float error
     for (int i = lane; i < count; i += 8) best = max(best, leads[i].best);
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) best = max(best, __shfl_xor_sync(mask, best, step));
+    const int top = best & tag_mask, least = exact ? least_candidate(best, error) : top;
+    if (!(least > 0 && error == error)) return code_aside;  // integers order positive scores only
     if (!exact) {
-        const int top = best & tag_mask;
-        if (!(top > 0 && error == error)) return code_aside;  // integers order positive scores only
         int code = 0x7FFFFFFF;
         for (int i = lane; i < count; i += 8)
             if ((leads[i].best & tag_mask) == top) code = min(code, code_of(leads[i].best, leads[i].best_tile, i));
@@ -92,13 +94,13 @@ __device__ std::int64_t settle_few(const few_lead* leads, int count, float error
         for (int step = 1; step < 8; step *= 2) code = min(code, __shfl_xor_sync(mask, code, step));
         return code;
     }
-    const int least = least_candidate(best, error);
-    if (least <= 0) return code_aside;
-    int number = 0;
+    int number = 0, code = 0;
     for (int i = lane; i < count; i += 8) {
         const few_lead& l = leads[i];
-        number += (l.best >= least) + (l.best_runner >= least) + (l.next >= least) + (l.next_runner >= least);
+        if (l.best < least) continue;
+        number += 1 + (l.best_runner >= least) + (l.next >= least) + (l.next_runner >= least);
         if (l.rest >= least) number = few_candidates + 1;  // something dropped could win
+        code = code_of(l.best, l.best_tile, i);
     }
     int end = number;
 #pragma unroll
@@ -107,20 +109,17 @@ __device__ std::int64_t settle_few(const few_lead* leads, int count, float error
         if (lane >= step) end += before;
     }
     const int total = __shfl_sync(mask, end, 7, 8);
+    if (total == 1) return __shfl_sync(mask, code, __ffs(__ballot_sync(mask, number > 0) & mask) - 1);
     if (total > few_candidates) return code_aside;
-    int* at = list + end - number;
-    for (int i = lane; i < count && number > 0; i += 8) {
+    int* at = list(total) + end - number;
+    for (int i = lane; i < count; i += 8) {
         const few_lead& l = leads[i];
         if (l.best >= least) *at++ = code_of(l.best, l.best_tile, i);
         if (l.best_runner >= least) *at++ = code_of(l.best_runner, l.best_tile, i);
         if (l.next >= least) *at++ = code_of(l.next, l.next_tile, i);
         if (l.next_runner >= least) *at++ = code_of(l.next_runner, l.next_tile, i);
     }
-    __syncwarp(mask);
-    if (total == 1) return list[0];
-    device::exact_choice choice;
-    device::consider_codes(choice, x, codebook, columns, total, 0, 1, [&](std::int64_t i) { return list[i]; });
-    return choice.code;
+    return -3 - total;
 }
 
 #endif  // CUVQ_HAS_WGMMA
@@ -145,7 +144,6 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     char* rows = base + shared::rows;                                         // (64 rows, steps * 16)
     auto* errors = reinterpret_cast<float*>(base + shared::errors);           // (64)
     auto* leads = reinterpret_cast<few_lead*>(base + shared::leads);          // (rows of the block, parts, 4)
-    auto* lists = reinterpret_cast<int*>(base + shared::lists);               // (64, few_candidates)
     auto* codes = reinterpret_cast<std::int64_t*>(base + shared::codes);      // (rows of the block)
     auto* full = arch::kept(reinterpret_cast<std::uint64_t*>(base + shared::barriers));  // (stages)
     std::uint64_t* received = full + stages;                                  // leads of all the block's rows
@@ -169,7 +167,9 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     };
     arch::let_successor_start();
     const bool starts = threadIdx.x == few_threads - 32;  // a warp that has the least to do
+    __shared__ int listed;  // candidates of all open rows of the block
     if (starts) {
+        listed = 0;
         for (int i = 0; i < stages + 1; ++i) ptx::mbarrier_init(full + i, 1);
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
         ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, received,
@@ -243,7 +243,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
                 asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
                 if (threadIdx.x % 128 == 0) fetch(j + stages);
             }
-            offer_tile(score, tile_of(j), mask, exact, error0, error1, lead0, lead1);
+            offer_tile<true>(score, tile_of(j), mask, exact, error0, error1, lead0, lead1);
         }
         ptx::barrier_cluster_wait(ptx::sem_acquire);
         const auto send_row = [&](const leaders& lead, int row) {
@@ -256,21 +256,41 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         ptx::barrier_cluster_wait(ptx::sem_acquire);
     }
 
-    // The block's rows, eight lanes each.
+    // The block's rows, eight lanes each; then the candidates of all that are open.
+    auto* distance = reinterpret_cast<double*>(base);                          // (most_candidates)
+    auto* candidate = reinterpret_cast<int*>(distance + shared::most_candidates);  // (most_candidates)
+    auto* candidate_row = candidate + shared::most_candidates;                 // (most_candidates)
     while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cluster, received, 0)) {
     }
     const int start = static_cast<int>(rank) * block_rows, own = lane / 8 * few_warps + warp;
     const std::int64_t left = a.x.rows - first - start;
     const int count = left < block_rows ? max(static_cast<int>(left), 0) : block_rows;
-    bool wide = false;
+    int code = 0, own_first = 0;
     if (own < count) {
-        const std::int64_t code =
-            settle_few(leads + own * parts * 4, parts * 4, errors[start + own], exact, lists + own * few_candidates,
-                       a.x.row(first + start + own), a.codebook, a.x.columns);
-        wide = code == code_aside;
+        code = conclude_few(leads + own * parts * 4, parts * 4, errors[start + own], exact, [&](int n) {
+            if (lane % 8 == 0) own_first = atomicAdd(&listed, n);
+            own_first = __shfl_sync(0xFFu << (lane & 24), own_first, 0, 8);
+            if (lane % 8 < n) candidate_row[own_first + lane % 8] = own;
+            return candidate + own_first;
+        });
         if (lane % 8 == 0) codes[own] = code;
     }
-    if (__syncthreads_or(wide)) {
+    const bool any_wide = __syncthreads_or(code == code_aside);
+    if (listed > 0) {
+        for (int i = static_cast<int>(threadIdx.x) / 8; i < listed; i += few_threads / 8) {
+            const double d = device::exact_distance(a.x.row(first + start + candidate_row[i]),
+                                                    a.codebook.row(candidate[i]), a.x.columns);
+            if (lane % 8 == 0) distance[i] = d;
+        }
+        __syncthreads();
+        if (code < code_aside && lane % 8 == 0) {
+            device::exact_choice choice;
+            for (int i = own_first; i < own_first - 3 - code; ++i) choice.consider(distance[i], candidate[i]);
+            codes[own] = choice.code;
+        }
+        __syncthreads();
+    }
+    if (any_wide) {
         __shared__ double distances[few_warps];
         __shared__ std::int64_t found[few_warps];
         const int everything = row_results::everything;
