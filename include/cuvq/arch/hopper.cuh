@@ -42,6 +42,12 @@ struct cluster {
         if (Blocks > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
     }
+    /// As arrive, but that says nothing of memory: only that the block is there.
+    static __device__ void announce() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        if (Blocks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+    }
     static __device__ void wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
         if (Blocks > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -69,57 +69,53 @@ __device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, s
     cuda::ptx::st_async(there + 4, second, counter);
 }
 
-/// The code of a row from the `count` leads of the threads that scored it, four for every warpgroup: by eight lanes.
-/// `code_aside` where only the whole block can tell; or -3 - n where n of them could be: then `list(n)`, called by all
-/// eight lanes, says where the n go.
-template <class List>
-__device__ int conclude_few(const few_lead* leads, int count, float error, bool exact, List list) {
-    const unsigned mask = 0xFFu << (threadIdx.x & 24u);
+/// What eight lanes conclude from the leads of their row.
+struct few_conclusion {
+    int least;       // what a lead must reach to be a candidate, if there are candidates to list
+    int number;      // of candidates that this lane has seen
+    int before;      // candidates of the lanes before it
+    int total;       // of the row
+    int code;        // of the row, or code_aside where only the whole block can tell, or -3: one of the candidates
+};
+
+__device__ inline int code_of(int tagged_score, int tile, int lead) {
+    const int at = place_of(tagged_score);
+    return tile * image_tile + (at >> 1) * 8 + 2 * (lead % 4) + (at & 1);
+}
+
+/// From the `count` leads of the threads that scored a row, four for every warpgroup. Eight lanes a row; whole warps,
+/// converged: shuffles of diverged ones are slow.
+__device__ inline few_conclusion conclude_few(const few_lead* leads, int count, float error, bool exact) {
+    constexpr unsigned all = 0xFFFFFFFFu;
     const int lane = static_cast<int>(threadIdx.x) % 8;
-    const auto code_of = [&](int tagged_score, int tile, int i) {
-        const int at = place_of(tagged_score);
-        return tile * image_tile + (at >> 1) * 8 + 2 * (i % 4) + (at & 1);
-    };
     int best = leaders::least;
     for (int i = lane; i < count; i += 8) best = max(best, leads[i].best);
 #pragma unroll
-    for (int step = 1; step < 8; step *= 2) best = max(best, __shfl_xor_sync(mask, best, step));
-    const int top = best & tag_mask, least = exact ? least_candidate(best, error) : top;
-    if (!(least > 0 && error == error)) return code_aside;  // integers order positive scores only
-    if (!exact) {
-        int code = 0x7FFFFFFF;
-        for (int i = lane; i < count; i += 8)
-            if ((leads[i].best & tag_mask) == top) code = min(code, code_of(leads[i].best, leads[i].best_tile, i));
-#pragma unroll
-        for (int step = 1; step < 8; step *= 2) code = min(code, __shfl_xor_sync(mask, code, step));
-        return code;
-    }
-    int number = 0, code = 0;
+    for (int step = 1; step < 8; step *= 2) best = max(best, __shfl_xor_sync(all, best, step));
+    const int top = best & tag_mask;
+    few_conclusion c{exact ? least_candidate(best, error) : top, 0, 0, 0, 0x7FFFFFFF};
+    bool lost = !(c.least > 0 && error == error);  // integers order positive scores only
     for (int i = lane; i < count; i += 8) {
         const few_lead& l = leads[i];
-        if (l.best < least) continue;
-        number += 1 + (l.best_runner >= least) + (l.next >= least) + (l.next_runner >= least);
-        if (l.rest >= least) number = few_candidates + 1;  // something dropped could win
-        code = code_of(l.best, l.best_tile, i);
+        const bool may_win = exact ? l.best >= c.least : (l.best & tag_mask) == top;
+        c.code = may_win ? min(c.code, code_of(l.best, l.best_tile, i)) : c.code;
+        if (!exact) continue;
+        c.number += may_win + (l.best_runner >= c.least) + (l.next >= c.least) + (l.next_runner >= c.least);
+        lost = lost || l.rest >= c.least;  // something dropped could win
     }
-    int end = number;
+    c.before = c.number;
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) {
-        const int before = __shfl_up_sync(mask, end, step, 8);
-        if (lane >= step) end += before;
+        c.code = min(c.code, __shfl_xor_sync(all, c.code, step));
+        const int others = __shfl_up_sync(all, c.before, step, 8);
+        if (lane >= step) c.before += others;
     }
-    const int total = __shfl_sync(mask, end, 7, 8);
-    if (total == 1) return __shfl_sync(mask, code, __ffs(__ballot_sync(mask, number > 0) & mask) - 1);
-    if (total > few_candidates) return code_aside;
-    int* at = list(total) + end - number;
-    for (int i = lane; i < count; i += 8) {
-        const few_lead& l = leads[i];
-        if (l.best >= least) *at++ = code_of(l.best, l.best_tile, i);
-        if (l.best_runner >= least) *at++ = code_of(l.best_runner, l.best_tile, i);
-        if (l.next >= least) *at++ = code_of(l.next, l.next_tile, i);
-        if (l.next_runner >= least) *at++ = code_of(l.next_runner, l.next_tile, i);
-    }
-    return -3 - total;
+    c.total = __shfl_sync(all, c.before, 7, 8);
+    c.before -= c.number;
+    lost = __ballot_sync(all, lost) >> (threadIdx.x & 24u) & 0xFFu;
+    if (c.total > 1) c.code = -3;
+    if (lost || c.total > few_candidates) c.code = code_aside;
+    return c;
 }
 
 #endif  // CUVQ_HAS_WGMMA
@@ -176,7 +172,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
                                        block_rows * parts * 4 * static_cast<int>(sizeof(few_lead)));
     }
     __syncwarp();
-    ptx::barrier_cluster_arrive(ptx::sem_relaxed);  // what it tells is that the barriers are there, fenced above
+    arch::cluster<few_blocks>::announce();  // the barriers are there, fenced above
     arch::wait_for_predecessor();
     if (starts) {
 #pragma unroll 1
@@ -245,7 +241,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             }
             offer_tile<true>(score, tile_of(j), mask, exact, error0, error1, lead0, lead1);
         }
-        ptx::barrier_cluster_wait(ptx::sem_acquire);
+        arch::cluster<few_blocks>::wait();
         const auto send_row = [&](const leaders& lead, int row) {
             const int owner = row / block_rows;
             send(lead, leads + ((row - owner * block_rows) * parts + part) * 4 + lane % 4, owner, received);
@@ -253,7 +249,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         send_row(lead0, row0);
         send_row(lead1, row0 + 8);
     } else {
-        ptx::barrier_cluster_wait(ptx::sem_acquire);
+        arch::cluster<few_blocks>::wait();
     }
 
     // The block's rows, eight lanes each; then the candidates of all that are open.
@@ -265,27 +261,51 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     const int start = static_cast<int>(rank) * block_rows, own = lane / 8 * few_warps + warp;
     const std::int64_t left = a.x.rows - first - start;
     const int count = left < block_rows ? max(static_cast<int>(left), 0) : block_rows;
-    int code = 0, own_first = 0;
-    if (own < count) {
-        code = conclude_few(leads + own * parts * 4, parts * 4, errors[start + own], exact, [&](int n) {
-            if (lane % 8 == 0) own_first = atomicAdd(&listed, n);
-            own_first = __shfl_sync(0xFFu << (lane & 24), own_first, 0, 8);
-            if (lane % 8 < n) candidate_row[own_first + lane % 8] = own;
-            return candidate + own_first;
-        });
-        if (lane % 8 == 0) codes[own] = code;
+    int code = 0, own_first = 0, own_candidates = 0;
+    if (warp < count) {  // lanes beyond the last row repeat another one
+        const int r = own < count ? own : warp;
+        const few_conclusion c = conclude_few(leads + r * parts * 4, parts * 4, errors[start + r], exact);
+        const bool open = own < count && c.code == -3;
+        if (own < count) code = c.code;
+        if (__any_sync(0xFFFFFFFFu, open)) {
+            own_candidates = open ? c.total : 0;
+            int end = own_candidates;  // of the warp's rows up to this one
+#pragma unroll
+            for (int step = 8; step < 32; step *= 2) {
+                const int others = __shfl_up_sync(0xFFFFFFFFu, end, step);
+                if (lane >= step) end += others;
+            }
+            own_first = lane == 31 ? atomicAdd(&listed, end) : 0;
+            own_first = __shfl_sync(0xFFFFFFFFu, own_first, 31) + end - own_candidates;
+            int at = own_first + c.before;
+            const auto list = [&](int score, int tile, int i) {
+                if (score < c.least) return;
+                candidate[at] = code_of(score, tile, i);
+                candidate_row[at++] = own;
+            };
+            for (int i = lane % 8; i < parts * 4 && open && c.number > 0; i += 8) {
+                const few_lead& l = leads[own * parts * 4 + i];
+                list(l.best, l.best_tile, i);
+                list(l.best_runner, l.best_tile, i);
+                list(l.next, l.next_tile, i);
+                list(l.next_runner, l.next_tile, i);
+            }
+            __syncwarp();
+        }
+        if (own < count && lane % 8 == 0) codes[own] = code;
     }
     const bool any_wide = __syncthreads_or(code == code_aside);
     if (listed > 0) {
-        for (int i = static_cast<int>(threadIdx.x) / 8; i < listed; i += few_threads / 8) {
-            const double d = device::exact_distance(a.x.row(first + start + candidate_row[i]),
-                                                    a.codebook.row(candidate[i]), a.x.columns);
-            if (lane % 8 == 0) distance[i] = d;
+        for (int i = warp; i < listed; i += few_threads / 8) {  // whole warps, as above
+            const int mine = min(i + lane / 8 * few_warps, listed - 1);
+            const double d = device::exact_distance(a.x.row(first + start + candidate_row[mine]),
+                                                    a.codebook.row(candidate[mine]), a.x.columns);
+            if (lane % 8 == 0) distance[mine] = d;
         }
         __syncthreads();
-        if (code < code_aside && lane % 8 == 0) {
+        if (code == -3 && lane % 8 == 0) {
             device::exact_choice choice;
-            for (int i = own_first; i < own_first - 3 - code; ++i) choice.consider(distance[i], candidate[i]);
+            for (int i = own_first; i < own_first + own_candidates; ++i) choice.consider(distance[i], candidate[i]);
             codes[own] = choice.code;
         }
         __syncthreads();
