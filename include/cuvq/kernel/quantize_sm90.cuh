@@ -168,7 +168,7 @@ __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_c
                 const auto centre = [&](int d) { return *reinterpret_cast<const float4*>(scaled_centre + d); };
                 factor = image.convert(x.row(inside ? first + i : 0), inside, columns, centre, scale);
             }
-            const float error = image.error(factor, bounds);
+            const float error = image.measure(factor).error(bounds, steps);
             if (split::lane() == 0) errors[buffer.at * row_results::rows + row0 + i] = error;
         }
         cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);

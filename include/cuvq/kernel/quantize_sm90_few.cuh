@@ -45,11 +45,12 @@ struct few_shared {
     static constexpr int groups = Tile::few_groups;  // warpgroups that score
     static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(row_results::rows);
     static constexpr int rows = Tile::few_stages * code_bytes;
-    static constexpr int errors = rows + row_bytes;
-    static constexpr int leads = errors + row_results::rows * 4;
+    static constexpr int leads = rows + row_bytes;
     static constexpr int codes = leads + row_results::rows * groups * 4 * static_cast<int>(sizeof(few_lead));
     static constexpr int barriers = codes + row_results::rows * 8;
-    static constexpr int bytes = barriers + 8 * (Tile::few_stages + 1);
+    static constexpr int measures = barriers + 8 * (Tile::few_stages + 1);
+    static constexpr int bounds = measures + row_results::rows * static_cast<int>(sizeof(row_measure));
+    static constexpr int bytes = bounds + static_cast<int>(sizeof(device::score_bounds));
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
     // Over the tiles of codes, once they are scored: candidates, and their distances.
     static constexpr int most_candidates = row_results::rows * few_candidates;
@@ -80,7 +81,7 @@ struct few_conclusion {
 
 __device__ inline int code_of(int tagged_score, int tile, int lead) {
     const int at = place_of(tagged_score);
-    return tile * image_tile + (at >> 1) * 8 + 2 * (lead % 4) + (at & 1);
+    return tile * image_tile + (at >> 1) * 8 + 2 * (lead & 3) + (at & 1);
 }
 
 /// From the `count` leads of the threads that scored a row, four for every warpgroup. Eight lanes a row; whole warps,
@@ -89,16 +90,19 @@ __device__ inline few_conclusion conclude_few(const few_lead* leads, int count, 
     constexpr unsigned all = 0xFFFFFFFFu;
     const int lane = static_cast<int>(threadIdx.x) % 8;
     int best = leaders::least;
+#pragma unroll 1  // here and below: short loops, and code that is not in the cache yet
     for (int i = lane; i < count; i += 8) best = max(best, leads[i].best);
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) best = max(best, __shfl_xor_sync(all, best, step));
     const int top = best & tag_mask;
     few_conclusion c{exact ? least_candidate(best, error) : top, 0, 0, 0, 0x7FFFFFFF};
     bool lost = !(c.least > 0 && error == error);  // integers order positive scores only
+#pragma unroll 1
     for (int i = lane; i < count; i += 8) {
-        const few_lead& l = leads[i];
+        const few_lead l = leads[i];
         const bool may_win = exact ? l.best >= c.least : (l.best & tag_mask) == top;
-        c.code = may_win ? min(c.code, code_of(l.best, l.best_tile, i)) : c.code;
+        const int code = code_of(l.best, l.best_tile, i);
+        c.code = may_win && code < c.code ? code : c.code;
         if (!exact) continue;
         c.number += may_win + (l.best_runner >= c.least) + (l.next >= c.least) + (l.next_runner >= c.least);
         lost = lost || l.rest >= c.least;  // something dropped could win
@@ -138,11 +142,12 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     char* base = dynamic_shared + ((1024 - (arch::shared_address(dynamic_shared) & 1023)) & 1023);
     char* operands = base;                                                    // (stages, 128 codes, steps * 16)
     char* rows = base + shared::rows;                                         // (64 rows, steps * 16)
-    auto* errors = reinterpret_cast<float*>(base + shared::errors);           // (64)
     auto* leads = reinterpret_cast<few_lead*>(base + shared::leads);          // (rows of the block, parts, 4)
     auto* codes = reinterpret_cast<std::int64_t*>(base + shared::codes);      // (rows of the block)
     auto* full = arch::kept(reinterpret_cast<std::uint64_t*>(base + shared::barriers));  // (stages)
     std::uint64_t* received = full + stages;                                  // leads of all the block's rows
+    auto* measures = reinterpret_cast<row_measure*>(base + shared::measures);  // (64)
+    auto* bounds = reinterpret_cast<int*>(base + shared::bounds);
 
     const int warp = static_cast<int>(threadIdx.x) / 32, group = warp / 4, lane = static_cast<int>(threadIdx.x) % 32;
     const unsigned rank = blockIdx.x % blocks;
@@ -171,22 +176,34 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, received,
                                        block_rows * parts * 4 * static_cast<int>(sizeof(few_lead)));
     }
-    __syncwarp();
+    if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
+    __syncthreads();
     arch::cluster<few_blocks>::announce();  // the barriers are there, fenced above
     arch::wait_for_predecessor();
+
+    // A warp converts as many rows as it can at once. Loads of the rows come first of all, since all else waits for
+    // them, or takes up what connects the processor to the L2 cache: the tiles of codes.
+    constexpr int data_parts = (Tile::steps - 1) * 4 / split::lanes, held = data_parts > 0 ? data_parts : 1;
+    const bool whole =
+        Tile::steps > 1 && columns == 16 * (Tile::steps - 1) && device::is_aligned4(a.x.data) && a.x.stride % 4 == 0;
+    const bool converts = warp < row_results::rows / split::rows;
+    const int row = warp * split::rows + lane / split::lanes;
+    const bool inside = first + row < a.x.rows;
+    const X* x = a.x.row(inside ? first + row : 0);
+    float4 v[held], centre[held];
+    if (converts && whole) {
+#pragma unroll
+        for (int s = 0; s < data_parts; ++s) v[s] = device::load4(x + split::column(s));
+#pragma unroll
+        for (int s = 0; s < data_parts; ++s) centre[s] = device::load4(image.centre + split::column(s));
+    }
     if (starts) {
 #pragma unroll 1
         for (int j = 0; j < stages && tile_of(j) < tiles; ++j) fetch(j);
     }
-
-    // A warp converts as many rows as it can at once.
-    constexpr int data_parts = (Tile::steps - 1) * 4 / split::lanes, held = data_parts > 0 ? data_parts : 1;
-    if (warp < row_results::rows / split::rows) {
-        const bool whole = Tile::steps > 1 && columns == 16 * (Tile::steps - 1) && device::is_aligned4(a.x.data) &&
-                           a.x.stride % 4 == 0;
-        const int row = warp * split::rows + lane / split::lanes;
-        const bool inside = first + row < a.x.rows;
-        const X* x = a.x.row(inside ? first + row : 0);
+    __syncwarp();
+    load_bounds(image, tiles, bounds);
+    if (converts) {
         const float scale = *image.scale;
         const auto scaled = [&](const float4& c) {
             return float4{__fmaf_ieee_rn(scale, c.x, 0.0f), __fmaf_ieee_rn(scale, c.y, 0.0f),
@@ -194,15 +211,6 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         };
         row_image<Tile::steps> operand{rows, row};
         float factor = 1.0f;
-        float4 v[held], centre[held];
-        if (whole) {
-#pragma unroll
-            for (int s = 0; s < data_parts; ++s) {
-                v[s] = device::load4(x + split::column(s));
-                centre[s] = device::load4(image.centre + split::column(s));
-            }
-        }
-        const device::score_bounds bounds = most_bounds(image, tiles, lane, 32);
         if (whole) {
 #pragma unroll
             for (int s = 0; s < data_parts; ++s) operand.add(v[s], scale, scaled(centre[s]), s);
@@ -212,8 +220,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             const auto at = [&](int d) { return scaled(device::load4(image.centre, d, columns)); };
             factor = operand.convert(x, inside, columns, at, scale);
         }
-        const float error = operand.error(factor, bounds);
-        if (split::lane() == 0) errors[row] = error;
+        const row_measure measure = operand.measure(factor);
+        if (split::lane() == 0) measures[row] = measure;
         ptx::fence_proxy_async(ptx::space_shared);
     }
     __syncthreads();
@@ -222,7 +230,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         const std::uint32_t row_operand = arch::uniform(arch::kept(arch::operand(rows)));
         const std::uint32_t code_operands = arch::kept(arch::operand(operands));
         const int row0 = warp % 4 * 16 + lane / 4;
-        const float error0 = errors[row0], error1 = errors[row0 + 8];
+        const float error0 = measures[row0].error(as_bounds(bounds), Tile::steps);
+        const float error1 = measures[row0 + 8].error(as_bounds(bounds), Tile::steps);
         leaders lead0, lead1;
         for (int j = group; tile_of(j) < tiles; j += groups) {
             float score[64];  // (16 pairs of codes, 2 rows, 2)
@@ -264,7 +273,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     int code = 0, own_first = 0, own_candidates = 0;
     if (warp < count) {  // lanes beyond the last row repeat another one
         const int r = own < count ? own : warp;
-        const few_conclusion c = conclude_few(leads + r * parts * 4, parts * 4, errors[start + r], exact);
+        const few_conclusion c = conclude_few(
+            leads + r * parts * 4, parts * 4, measures[start + r].error(as_bounds(bounds), Tile::steps), exact);
         const bool open = own < count && c.code == -3;
         if (own < count) code = c.code;
         if (__any_sync(0xFFFFFFFFu, open)) {
@@ -283,8 +293,9 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
                 candidate[at] = code_of(score, tile, i);
                 candidate_row[at++] = own;
             };
-            for (int i = lane % 8; i < parts * 4 && open && c.number > 0; i += 8) {
-                const few_lead& l = leads[own * parts * 4 + i];
+#pragma unroll 1
+            for (int i = lane % 8; i < parts * 4 && open && at < own_first + c.before + c.number; i += 8) {
+                const few_lead l = leads[own * parts * 4 + i];
                 list(l.best, l.best_tile, i);
                 list(l.best_runner, l.best_tile, i);
                 list(l.next, l.next_tile, i);

@@ -14,6 +14,16 @@
 
 namespace cuvq::kernel {
 
+/// How a row of x came out in fp16: |X|, |X - X^| and t, as `device::score_error` takes them.
+struct row_measure {
+    float length, rest, factor;
+
+    /// The row's error bound; NaN if it did not fit.
+    __device__ float error(const device::score_bounds& bounds, int steps) const {
+        return device::score_error(length, rest, factor, bounds, steps);
+    }
+};
+
 #if CUVQ_HAS_WGMMA
 
 /// How a warp takes rows of x apart: `lanes` lanes share a row, and each holds columns 4 lanes s + 4 q to 4 lanes s +
@@ -119,12 +129,12 @@ struct row_image {
         }
     }
 
-    /// The row's error bound; NaN if it did not fit. To be called by all lanes of the row.
-    __device__ float error(float factor, const device::score_bounds& bounds) const {
+    /// What the row's error bound is made of. To be called by all lanes of the row.
+    __device__ row_measure measure(float factor) const {
         // 1.0005 and 1e-17 cover the rounding and the underflow of the sums of squares; 2^-23 that of x - centre.
         const float length = 1.0005f * sqrtf(split::row_sum(square)) + 1e-17f;
         const float rest = 1.0005f * sqrtf(split::row_sum(residual)) + 1e-17f + 0x1p-23f * length;
-        return device::score_error(length, rest, factor, bounds, Steps);
+        return {length, rest, factor};
     }
 };
 
@@ -135,10 +145,14 @@ __device__ inline void load_centre(const codebook_image& image, int columns, int
         centre[d] = d < columns ? __fmaf_ieee_rn(scale, image.centre[d], 0.0f) : 0.0f;
 }
 
-/// The largest of the codes' bounds first, first + step, ...: in all lanes, of what all lanes of the warp ask for.
-__device__ inline device::score_bounds most_bounds(const codebook_image& image, int tiles, int first, int step) {
+/// The largest bounds of all codes, as integers, in `bounds`, which held zeros, for a whole block. To be read after a
+/// barrier.
+__device__ inline void load_bounds(const codebook_image& image, int tiles, int* bounds) {
+    const int parts = tiles * (image_tile / image_part), warp_first = static_cast<int>(threadIdx.x) & ~31;
+    if (warp_first >= parts) return;
     int most[4] = {};  // bounds are not negative, or NaN or Inf: as integers they compare as they should
-    for (int i = first; i < tiles * (image_tile / image_part); i += step) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < parts; i += blockDim.x) {
         const code_bounds b = image.bounds[i];
         most[0] = max(most[0], __float_as_int(b.norm));
         most[1] = max(most[1], __float_as_int(b.residual));
@@ -146,18 +160,10 @@ __device__ inline device::score_bounds most_bounds(const codebook_image& image, 
         most[3] = max(most[3], __float_as_int(b.offset_rest));
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) most[i] = __reduce_max_sync(0xFFFFFFFFu, most[i]);
-    return {__int_as_float(most[0]), __int_as_float(most[1]), __int_as_float(most[2]), __int_as_float(most[3])};
-}
-
-/// The largest bounds of all codes, as integers, in `bounds`, which held zeros, for a whole block. To be read after a
-/// barrier.
-__device__ inline void load_bounds(const codebook_image& image, int tiles, int* bounds) {
-    const device::score_bounds most = most_bounds(image, tiles, static_cast<int>(threadIdx.x), blockDim.x);
-    const float values[4] = {most.norm, most.residual, most.offset, most.offset_rest};
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (threadIdx.x % 32 == i && __float_as_int(values[i]) > 0) atomicMax(bounds + i, __float_as_int(values[i]));
+    for (int i = 0; i < 4; ++i) {
+        most[i] = __reduce_max_sync(0xFFFFFFFFu, most[i]);
+        if (threadIdx.x % 32 == i && most[i] > 0) atomicMax(bounds + i, most[i]);
+    }
 }
 __device__ inline device::score_bounds as_bounds(const int* bounds) {
     return {__int_as_float(bounds[0]), __int_as_float(bounds[1]), __int_as_float(bounds[2]), __int_as_float(bounds[3])};
