@@ -69,6 +69,13 @@ __device__ inline double widened(float v) {
     return w;
 }
 
+/// The root of v >= 0 to within 2^-22 of itself; 0 below 2^-126.
+__device__ inline float approximate_root(float v) {
+    float r;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
 /// Threads that compute one exact distance together: eight consecutive lanes of a warp, aligned to eight.
 inline constexpr int exact_lanes = 8;
 

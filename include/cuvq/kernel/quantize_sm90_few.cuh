@@ -70,13 +70,13 @@ __device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, s
     cuda::ptx::st_async(there + 4, second, counter);
 }
 
-/// What eight lanes conclude from the leads of their row.
+/// What the lanes of a row conclude from its leads.
 struct few_conclusion {
-    int least;       // what a lead must reach to be a candidate, if there are candidates to list
-    int number;      // of candidates that this lane has seen
-    int before;      // candidates of the lanes before it
-    int total;       // of the row
-    int code;        // of the row, or code_aside where only the whole block can tell, or -3: one of the candidates
+    int least;   // what a lead must reach to be a candidate, if there are candidates to list
+    int number;  // of candidates that this lane has seen
+    int before;  // candidates of the lanes before it
+    int total;   // of the row
+    int code;    // of the row, or code_aside where only the whole block can tell, or -3: one of the candidates
 };
 
 __device__ inline int code_of(int tagged_score, int tile, int lead) {
@@ -84,39 +84,40 @@ __device__ inline int code_of(int tagged_score, int tile, int lead) {
     return tile * image_tile + (at >> 1) * 8 + 2 * (lead & 3) + (at & 1);
 }
 
-/// From the `count` leads of the threads that scored a row, four for every warpgroup. Eight lanes a row; whole warps,
-/// converged: shuffles of diverged ones are slow.
-__device__ inline few_conclusion conclude_few(const few_lead* leads, int count, float error, bool exact) {
+/// From the `count` leads of the threads that scored a row, four for every warpgroup. `lanes` lanes a row, a power of
+/// two; whole warps, converged: shuffles of diverged ones are slow. Loops are not unrolled: they are short, and run
+/// from a cold instruction cache.
+__device__ inline few_conclusion conclude_few(const few_lead* leads, int count, float error, bool exact, int lanes) {
     constexpr unsigned all = 0xFFFFFFFFu;
-    const int lane = static_cast<int>(threadIdx.x) % 8;
+    const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
     int best = leaders::least;
-#pragma unroll 1  // here and below: short loops, and code that is not in the cache yet
-    for (int i = lane; i < count; i += 8) best = max(best, leads[i].best);
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2) best = max(best, __shfl_xor_sync(all, best, step));
+#pragma unroll 1
+    for (int i = lane; i < count; i += lanes) best = max(best, leads[i].best);
+#pragma unroll 1
+    for (int step = 1; step < lanes; step *= 2) best = max(best, __shfl_xor_sync(all, best, step));
     const int top = best & tag_mask;
     few_conclusion c{exact ? least_candidate(best, error) : top, 0, 0, 0, 0x7FFFFFFF};
-    bool lost = !(c.least > 0 && error == error);  // integers order positive scores only
+    int lost = !(c.least > 0 && error == error);  // integers order positive scores only
 #pragma unroll 1
-    for (int i = lane; i < count; i += 8) {
+    for (int i = lane; i < count; i += lanes) {
         const few_lead l = leads[i];
         const bool may_win = exact ? l.best >= c.least : (l.best & tag_mask) == top;
         const int code = code_of(l.best, l.best_tile, i);
         c.code = may_win && code < c.code ? code : c.code;
         if (!exact) continue;
         c.number += may_win + (l.best_runner >= c.least) + (l.next >= c.least) + (l.next_runner >= c.least);
-        lost = lost || l.rest >= c.least;  // something dropped could win
+        lost |= l.rest >= c.least;  // something dropped could win
     }
     c.before = c.number;
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2) {
+#pragma unroll 1
+    for (int step = 1; step < lanes; step *= 2) {
         c.code = min(c.code, __shfl_xor_sync(all, c.code, step));
-        const int others = __shfl_up_sync(all, c.before, step, 8);
+        lost |= __shfl_xor_sync(all, lost, step);
+        const int others = __shfl_up_sync(all, c.before, step);
         if (lane >= step) c.before += others;
     }
-    c.total = __shfl_sync(all, c.before, 7, 8);
+    c.total = __shfl_sync(all, c.before, lanes - 1, lanes);
     c.before -= c.number;
-    lost = __ballot_sync(all, lost) >> (threadIdx.x & 24u) & 0xFFu;
     if (c.total > 1) c.code = -3;
     if (lost || c.total > few_candidates) c.code = code_aside;
     return c;
@@ -197,6 +198,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
 #pragma unroll
         for (int s = 0; s < data_parts; ++s) centre[s] = device::load4(image.centre + split::column(s));
     }
+    __syncthreads();
     if (starts) {
 #pragma unroll 1
         for (int j = 0; j < stages && tile_of(j) < tiles; ++j) fetch(j);
@@ -230,8 +232,6 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         const std::uint32_t row_operand = arch::uniform(arch::kept(arch::operand(rows)));
         const std::uint32_t code_operands = arch::kept(arch::operand(operands));
         const int row0 = warp % 4 * 16 + lane / 4;
-        const float error0 = measures[row0].error(as_bounds(bounds), Tile::steps);
-        const float error1 = measures[row0 + 8].error(as_bounds(bounds), Tile::steps);
         leaders lead0, lead1;
         for (int j = group; tile_of(j) < tiles; j += groups) {
             float score[64];  // (16 pairs of codes, 2 rows, 2)
@@ -243,6 +243,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             arch::wgmma_scores<Tile::steps>(score, row_operand,
                                             arch::uniform(code_operands + stage * (shared::code_bytes >> 4)));
             arch::wgmma_commit();
+            const float error0 = measures[row0].error(as_bounds(bounds), Tile::steps);
+            const float error1 = measures[row0 + 8].error(as_bounds(bounds), Tile::steps);
             arch::wgmma_wait();
             if (tile_of(j + stages) < tiles) {  // once all four warps are done with it, the stage is free
                 asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
@@ -261,27 +263,29 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         arch::cluster<few_blocks>::wait();
     }
 
-    // The block's rows, eight lanes each; then the candidates of all that are open.
+    // The block's rows, as many lanes each as there are; then the candidates of all that are open.
     auto* distance = reinterpret_cast<double*>(base);                          // (most_candidates)
     auto* candidate = reinterpret_cast<int*>(distance + shared::most_candidates);  // (most_candidates)
     auto* candidate_row = candidate + shared::most_candidates;                 // (most_candidates)
     while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cluster, received, 0)) {
     }
-    const int start = static_cast<int>(rank) * block_rows, own = lane / 8 * few_warps + warp;
+    const int lanes = 32 / ((block_rows - 1) / few_warps + 1);  // of a row
+    const int start = static_cast<int>(rank) * block_rows, own = lane / lanes * few_warps + warp;
+    const bool leads_row = lane % lanes == 0;
     const std::int64_t left = a.x.rows - first - start;
     const int count = left < block_rows ? max(static_cast<int>(left), 0) : block_rows;
     int code = 0, own_first = 0, own_candidates = 0;
     if (warp < count) {  // lanes beyond the last row repeat another one
         const int r = own < count ? own : warp;
         const few_conclusion c = conclude_few(
-            leads + r * parts * 4, parts * 4, measures[start + r].error(as_bounds(bounds), Tile::steps), exact);
+            leads + r * parts * 4, parts * 4, measures[start + r].error(as_bounds(bounds), Tile::steps), exact, lanes);
         const bool open = own < count && c.code == -3;
         if (own < count) code = c.code;
         if (__any_sync(0xFFFFFFFFu, open)) {
             own_candidates = open ? c.total : 0;
-            int end = own_candidates;  // of the warp's rows up to this one
-#pragma unroll
-            for (int step = 8; step < 32; step *= 2) {
+            int end = leads_row ? own_candidates : 0;  // of the warp's rows up to this one
+#pragma unroll 1
+            for (int step = 1; step < 32; step *= 2) {
                 const int others = __shfl_up_sync(0xFFFFFFFFu, end, step);
                 if (lane >= step) end += others;
             }
@@ -294,7 +298,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
                 candidate_row[at++] = own;
             };
 #pragma unroll 1
-            for (int i = lane % 8; i < parts * 4 && open && at < own_first + c.before + c.number; i += 8) {
+            for (int i = lane % lanes; i < parts * 4 && open && at < own_first + c.before + c.number; i += lanes) {
                 const few_lead l = leads[own * parts * 4 + i];
                 list(l.best, l.best_tile, i);
                 list(l.best_runner, l.best_tile, i);
@@ -303,7 +307,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             }
             __syncwarp();
         }
-        if (own < count && lane % 8 == 0) codes[own] = code;
+        if (own < count && leads_row) codes[own] = code;
     }
     const bool any_wide = __syncthreads_or(code == code_aside);
     if (listed > 0) {
@@ -314,7 +318,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             if (lane % 8 == 0) distance[mine] = d;
         }
         __syncthreads();
-        if (code == -3 && lane % 8 == 0) {
+        if (code == -3 && leads_row) {
             device::exact_choice choice;
             for (int i = own_first; i < own_first + own_candidates; ++i) choice.consider(distance[i], candidate[i]);
             codes[own] = choice.code;

@@ -131,9 +131,11 @@ struct row_image {
 
     /// What the row's error bound is made of. To be called by all lanes of the row.
     __device__ row_measure measure(float factor) const {
-        // 1.0005 and 1e-17 cover the rounding and the underflow of the sums of squares; 2^-23 that of x - centre.
-        const float length = 1.0005f * sqrtf(split::row_sum(square)) + 1e-17f;
-        const float rest = 1.0005f * sqrtf(split::row_sum(residual)) + 1e-17f + 0x1p-23f * length;
+        // 1.0005 and 1e-17 cover the rounding and the underflow of the sums of squares and of their roots; 2^-23 the
+        // rounding of x - centre.
+        const float length = 1.0005f * device::approximate_root(split::row_sum(square)) + 1e-17f;
+        const float rest =
+            1.0005f * device::approximate_root(split::row_sum(residual)) + 1e-17f + 0x1p-23f * length;
         return {length, rest, factor};
     }
 };
