@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 #
-# The whole measured run on this machine's GPU, peers included, in under 8 minutes: what there is no time for is skipped
-# and says so. Builds cuvq_bench, before that time starts, where there is no build yet. Leaves JSON files for plot.py and
-# readme_table.py in place of those of an earlier run.
+# The whole measured run on this machine's GPU, peers included, in under 8 minutes: what there is no time for is
+# skipped and says so. Builds cuvq_bench, before that time starts, where there is no build yet. Leaves JSON files for
+# plot.py and readme_table.py in place of those of an earlier run.
 #
 # usage: bench/run_gpu.sh [build-dir [output-dir]]     (default: build/bench, bench/results)
 #
 # Environment: BUDGET is the number of seconds (default: 455, so that all ends before 480); CUVQ_COMMIT names the commit
-# where git cannot; PYTHON is the interpreter that has PyTorch (default: python3). Peers in Python take part as far as they are installed: flash-kmeans, vector-quantize-pytorch, and RecTokens
-# on PYTHONPATH.
+# where git cannot; PYTHON is the interpreter that has PyTorch (default: python3). Peers in Python take part as far as
+# they are installed: PyTorch, flash-kmeans, vector-quantize-pytorch, and RecTokens on PYTHONPATH.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -79,7 +79,7 @@ measure() {
 measure cuvq_float 85 --shapes=large,seed,models
 measure cuvq_hard 15 --shapes=large --data=hard --cases=quantize --no-peers
 measure cuvq_scaling 45 --shapes=scaling --cases=quantize,ema_update --codes=uniform
-run peers $((total - 140)) "$python" "$root/bench/peers.py" --shapes=seed,large,models,scaling --seconds=0.05 \
+run peers $((total - 140)) "$python" "$root/bench/peers.py" --shapes=seed,large,models,scaling --time=0.05 \
     --out="$out/peers.json" --context=commit="$commit" --context=driver="$driver"
 measure cuvq_half 120 --shapes=large,seed,models --types=half,bfloat16
 "$python" "$root/bench/results.py" --ratios "$out" || failed=1
