@@ -1,7 +1,6 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// One view, or one state, to plain references: with them go the checks of what a view alone can have wrong, none of
-// which reads the memory that it is of.
+// One view, or one state, to plain references, and what can be wrong with it by itself, its memory not read.
 #pragma once
 
 #include <cstdint>
