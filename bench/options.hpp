@@ -87,10 +87,10 @@ so that each step restarts a twentieth of the idle codes.
 Peers: cublas_*_argmin: the matrix of scores by cuBLAS or cuBLASLt (its first
 four choices are tried), then a kernel for the argmin, a warp or a block to the
 row, in pieces that fit in L2 or whole: the fastest combination that a short
-look finds, which the row's label names (so it does where a second is not enough
-to look at all of them); cublas_fp16_product: a product of that
-size alone, by cuBLAS, in half precision, written out: a floor for anyone who
-materializes scores; cublas_one_hot: sums as a product with a one-hot matrix;
+look finds, which the row's label names (and says so where a second was not
+enough to look at all); cublas_fp16_product: a product of that size alone, by
+cuBLAS, in half precision, written out: a floor for anyone who materializes
+scores; cublas_one_hot: sums as a product with a one-hot matrix;
 cub_sort_reduce: sums by sorting and DeviceReduce::ReduceByKey; floor/copy_x and
 floor/read_x: one copy, one read of the vectors. ceiling/...: the card's copy
 and its half-precision product of 8192x8192x8192 in this run.

@@ -3,7 +3,7 @@
 #
 # The whole measured run on this machine's GPU, peers included, in under 8 minutes: what there is no time for is
 # skipped and says so. Builds cuvq_bench, before that time starts, where there is no build yet. Leaves JSON files for
-# plot.py and readme_table.py in place of those of an earlier run.
+# plot.py and readme_table.py in place of those of an earlier run, and of their charts.
 #
 # usage: bench/run_gpu.sh [build-dir [output-dir]]     (default: build/bench, bench/results)
 #
@@ -12,10 +12,26 @@
 # they are installed: PyTorch, flash-kmeans, vector-quantize-pytorch, and RecTokens on PYTHONPATH.
 set -euo pipefail
 
+case ${1:-} in
+-*)
+    sed -n '4,/^$/s/^# \{0,1\}//p' "$0"
+    [ "$1" = -h ] || [ "$1" = --help ] || exit 2
+    exit 0
+    ;;
+esac
+
 root=$(cd "$(dirname "$0")/.." && pwd)
 build=${1:-$root/build/bench}
 out=${2:-$root/bench/results}
 python=${PYTHON:-python3}
+
+total=${BUDGET:-455} # seconds in which rows may start; a step that overruns is killed 15 s after its share
+case $total in
+'' | *[!0-9]*)
+    echo "run_gpu.sh: BUDGET: got $total; wants a whole number of seconds" >&2
+    exit 2
+    ;;
+esac
 
 if ! driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1); then
     echo "run_gpu.sh: no GPU: nvidia-smi finds none" >&2
@@ -35,16 +51,9 @@ elif [ -z "$bench" ]; then
     bench=$build/bench/cuvq_bench
 fi
 
-total=${BUDGET:-455} # seconds in which rows may start; a step that overruns is killed 15 s after its share
-case $total in
-'' | *[!0-9]*)
-    echo "run_gpu.sh: BUDGET: got $total; wants a whole number of seconds" >&2
-    exit 2
-    ;;
-esac
 commit=${CUVQ_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
 mkdir -p "$out"
-rm -f "$out"/{cuvq_,peers}*.json "$out"/*.svg
+rm -f "$out"/{cuvq_,peers}*.json "$out"/{roofline,speedup_,scaling_}*.svg
 failed=0
 SECONDS=0
 
