@@ -5,7 +5,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cuvq/detail/arguments.hpp>
+#include <cuvq/detail/validate.hpp>
 #include <cuvq/device/image.cuh>
 #include <cuvq/device/nearest_mma.cuh>
 #include <cuvq/kernel/outputs.cuh>
