@@ -18,6 +18,7 @@
 #include "expected.hpp"
 #include "problem.cuh"
 #include "rows.hpp"
+#include "work.hpp"
 
 namespace cuvq::bench {
 
@@ -170,6 +171,9 @@ public:
         CUVQ_CHECK_CUDA(cudaGetLastError());
         CUVQ_CHECK_CUDA(cudaDeviceSynchronize());
     }
+
+    /// What the codes touch of a state at its start.
+    touched_codes touched(const ema_params& params) const { return bench::touched(counts_.download(), params); }
 
     verdict judge(const buffer<float>& counts, const buffer<float>& sums) const {
         verdict v;

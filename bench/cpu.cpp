@@ -101,6 +101,8 @@ struct host_problem {
         }
         return b;
     }
+    /// What the codes as they are touch of a state at its start.
+    touched_codes touched(const ema_params& params) const { return bench::touched(add_up().counts, params); }
     verdict judge_sums(const std::vector<float>& counts, const std::vector<float>& sums) const {
         const batch wanted = add_up();
         verdict v;
@@ -245,7 +247,8 @@ void add_shape(const options& o, report& r, const cuvq::shape& shape, const char
                     const auto m = time_on_host(
                         o.seconds, [&] { p.start(book, params); },
                         [&] { reference::ema_update(book.state(), p.x_view(), p.codes_view(), params); });
-                    r.write(state, w, m, ema_update_work(w.shape, sizeof(X)), p.judge_update(book.state(), params));
+                    r.write(state, w, m, ema_update_work(w.shape, sizeof(X), p.touched(params)),
+                            p.judge_update(book.state(), params));
                 });
     }
     if (o.wants("train_step"))
@@ -256,7 +259,8 @@ void add_shape(const options& o, report& r, const cuvq::shape& shape, const char
             const auto m = time_on_host(
                 o.seconds, [&] { p.start(book, params); },
                 [&] { reference::train_step(book.state(), p.x_view(), p.codes_view(), discard, params); });
-            r.write(state, w, m, train_step_work(w.shape, sizeof(X)), p.judge_update(book.state(), params, p.judge()));
+            r.write(state, w, m, train_step_work(w.shape, sizeof(X), p.touched(params)),
+                    p.judge_update(book.state(), params, p.judge()));
         });
 }
 

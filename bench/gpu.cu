@@ -189,19 +189,24 @@ std::pair<std::string, measured> fastest(int candidates, TryNext&& try_next) {
     return best;
 }
 
-/// Seconds after which no further way of a product_argmin is tried.
+/// Seconds after which no further way of a product_argmin is tried; the label and --help say so.
 constexpr double most_tuning = 1.0;
 
-/// The fastest way that a short look finds.
+/// Chooses the fastest way that a short look finds. Returns what the row's label must add: "" if all were
+/// looked at.
 template <class X>
-void tune(fixture& s, const problem<X>& p, product_argmin<X>& peer) {
+std::string tune(fixture& s, const problem<X>& p, product_argmin<X>& peer) {
     const auto start = std::chrono::steady_clock::now();
     auto best = peer.first();
     double best_us = 0;
     std::string reason;
+    int untried = 0;
     const auto look_at = [&](const typename product_argmin<X>::way& way) {
         const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
-        if (best_us > 0 && spent.count() > most_tuning) return;
+        if (best_us > 0 && spent.count() > most_tuning) {
+            ++untried;
+            return;
+        }
         try {
             peer.choose(way);
             const double us = s.glance.time(p.sets, nothing, [&](int set) { peer(set, s.glance.stream()); }).us;
@@ -225,6 +230,7 @@ void tune(fixture& s, const problem<X>& p, product_argmin<X>& peer) {
     look_at(way);
     if (best_us == 0) throw std::runtime_error(reason);
     peer.choose(best);
+    return untried > 0 ? "; ways untried when tuning's second was up: " + std::to_string(untried) : "";
 }
 
 template <class X>
@@ -234,11 +240,11 @@ void add_product_argmin(fixture& s, const cuvq::shape& shape, const char* type, 
         auto& judged = s.get<X>(r.shape);
         const auto& p = judged.data;
         product_argmin<X> peer(s.cublas(), p, compute);
-        tune(s, p, peer);
+        const std::string note = tune(s, p, peer);
         const auto m = s.watch.time(
             p.sets, [&] { p.codes.poison(s.watch.stream()); }, [&](int set) { peer(set, s.watch.stream()); });
         s.out.write(state, r, m, quantize_work(p.shape, sizeof(X), false), judged.oracle().judge(p.codes.data()),
-                    peer.label());
+                    peer.label() + note);
     });
 }
 
@@ -407,7 +413,9 @@ void add_ema_update(fixture& s, const cuvq::shape& shape, const char* type, cons
         reset();
         launch(0);
         s.watch.wait();
-        s.out.write(state, r, m, ema_update_work(p.shape, sizeof(X)), sum_oracle<X>(p).judge(ema.view(), params));
+        const sum_oracle<X> oracle(p);
+        s.out.write(state, r, m, ema_update_work(p.shape, sizeof(X), oracle.touched(params)),
+                    oracle.judge(ema.view(), params));
     });
 }
 
@@ -430,8 +438,9 @@ void add_train_step(fixture& s, const cuvq::shape& shape, const char* type) {
         reset();
         launch(0);
         s.watch.wait();
-        s.out.write(state, r, m, train_step_work(p.shape, sizeof(X)),
-                    sum_oracle<X>(p).judge(ema.view(), params, judged.oracle().judge(p.codes.data())));
+        const sum_oracle<X> oracle(p);
+        s.out.write(state, r, m, train_step_work(p.shape, sizeof(X), oracle.touched(params)),
+                    oracle.judge(ema.view(), params, judged.oracle().judge(p.codes.data())));
     });
 }
 

@@ -41,33 +41,34 @@ struct options {
 };
 
 inline const char* help_text() {
-    return R"(Times cuvq, and what one would use without it, on the same data in the same run.
+    return R"(Times cuvq, and what one would use without it, on the same data in one run.
 
 usage: cuvq_bench [flags] [Google Benchmark's flags]
 
 What is timed
-  --shapes=SET[,SET]   named shapes: seed, models, large, scaling (default: seed)
-  --shape=N,K,D        N vectors, K codes, D dimensions; may be given repeatedly,
-                       with or without --shapes
-  --cases=CASE[,CASE]  quantize, accumulate, ema_update, train_step (default: all)
+  --shapes=SET[,SET]   named: seed, models, large, scaling (default: seed)
+  --shape=N,K,D        N vectors, K codes, D dimensions; may be given several
+                       times, with or without --shapes
+  --cases=CASE[,CASE]  quantize, accumulate, ema_update, train_step
+                       (default: all)
   --types=TYPE[,TYPE]  of the vectors: float, half, bfloat16 (default: float)
   --codes=KIND[,KIND]  the codes that accumulate and ema_update are given:
                        uniform, zipf, one (all on one code) (default: all)
-  --data=KIND          normal: vectors and codebook are standard normal (default);
-                       hard: all offset by 100, a tenth of the codebook duplicated,
-                       the vectors near codebook rows
+  --data=KIND          normal (default): vectors and codebook are standard
+                       normal; hard: all offset by 100, a tenth of the codebook
+                       duplicated, the vectors near codebook rows
   --no-peers           cuvq only (--peers, the default: others too)
 
 How
   --time=SECONDS       spent on the samples of a row (default: 0.1)
   --cold               rotate over input sets always, see below
-  --budget=SECONDS     rows that would start after that are skipped (default: none)
+  --budget=SECONDS     rows that would start later are skipped (default: none)
   --benchmark_...      --benchmark_filter=REGEX, --benchmark_list_tests=true,
                        --benchmark_out=FILE.json, ... as in any Google Benchmark
 
 A row is CASE/WHO/TYPE/NxKxD/VARIANT[/hard]. Its time is the median of samples
-between two CUDA events; a sample is a captured graph of as many launches as take
-about 1 ms (at most 100). Vectors that fit in the card's L2 cache are timed
+between two CUDA events; a sample is a captured graph of as many launches as
+take about 1 ms (at most 100). Vectors that fit in the card's L2 cache are timed
 there, as they are right after the layer that made them; larger ones (or all,
 with --cold) rotate over enough sets that none is still in L2. Memory is
 allocated, and norms and copies that a peer needs of the codebook are made,
@@ -78,33 +79,38 @@ memory), so that in a graph of many calls part of the launches is hidden.
 VARIANT: of quantize, codes (nothing else is written; the codebook is prepared
 in every call), prepared (it was before), fast (the same with accuracy::fast) or
 all (as codes; quantized rows and distances too); of accumulate and ema_update,
-how the given codes are distributed. ema_update and train_step follow RecTokens' rules: a code restarts from a row of the batch after 20 steps
-without one. Their state is reset before each sample, with the counts of idle
-steps spread evenly, so that each step restarts a twentieth of the idle codes.
+how the given codes are distributed. ema_update and train_step follow RecTokens'
+rules: a code restarts from a row of the batch after 20 steps without one. Their
+state is reset before each sample, with the counts of idle steps spread evenly,
+so that each step restarts a twentieth of the idle codes.
 
 Peers: cublas_*_argmin: the matrix of scores by cuBLAS or cuBLASLt (its first
 four choices are tried), then a kernel for the argmin, a warp or a block to the
 row, in pieces that fit in L2 or whole: the fastest combination that a short
-look finds, which the row's label names; cublas_fp16_product: a product of that
-size alone, by cuBLAS, in half precision, written out: a floor for anyone who
-materializes scores; cublas_one_hot: sums as a product with a one-hot matrix;
+look finds, which the row's label names (and says so where a second was not
+enough to look at all); cublas_fp16_product: a product of that size alone, by
+cuBLAS, in half precision, written out: a floor for anyone who materializes
+scores; cublas_one_hot: sums as a product with a one-hot matrix;
 cub_sort_reduce: sums by sorting and DeviceReduce::ReduceByKey; floor/copy_x and
 floor/read_x: one copy, one read of the vectors. ceiling/...: the card's copy
 and its half-precision product of 8192x8192x8192 in this run.
 
 Counters
   us, us_min     median and fastest sample, microseconds per call
+  sets           of vectors, over which the calls rotate; 1: always the same
   TFLOP/s        2NKD per call (of accumulate and ema_update: none)
-  GB/s           of the fewest bytes the call must move
+  GB/s           of the fewest bytes the call must move (an update leaves all of
+                 a code alone but its idle steps, unless it has vectors or
+                 restarts)
   of_ceiling     share of the run's copy and product ceilings; above 1 where L2
                  serves, or where the job reads only
   vs_PEER        time divided by PEER's: below 1 is faster than PEER
-  wrong          rows with a wrong code, quantized row or distance, of up to 4096
-                 (CPU: 256) put beside a float64 brute force
+  wrong          rows with a wrong code, quantized row or distance, of up to
+                 4096 (CPU: 256) put beside a float64 brute force
   count_error, sum_error, codebook_error
-                 relative errors (Frobenius norm) against float64 of counts (after
-                 an update: of cluster sizes and idle steps), of sums, and of the
-                 codebook after an update
+                 relative errors (Frobenius norm) against float64 of counts
+                 (after an update: of cluster sizes and idle steps), of sums,
+                 and of the codebook after an update
 
 What is wrong is also named in the row's label. A peer that needs more than
 40 GB is skipped and says so. Without a GPU the rows time cuvq::reference on the
@@ -127,16 +133,18 @@ inline std::vector<std::string> split(const std::string& list) {
     return parts;
 }
 
-/// The comma-separated words of `value`, each of which must be among `known`.
+/// The comma-separated words of `value`, each of which must be among `known`; one that comes twice counts once.
 inline std::vector<std::string> words(const std::string& flag, const std::string& value,
                                       const std::vector<std::string>& known) {
     std::string wants;
     for (const auto& k : known) wants += (wants.empty() ? "" : ", ") + k;
-    const auto parts = split(value);
-    for (const auto& p : parts)
+    std::vector<std::string> found;
+    for (const auto& p : split(value)) {
         if (std::find(known.begin(), known.end(), p) == known.end())
             throw usage_error(flag + ": got '" + p + "'; wants " + wants);
-    return parts;
+        if (std::find(found.begin(), found.end(), p) == found.end()) found.push_back(p);
+    }
+    return found;
 }
 
 inline cuvq::shape shape_of(const std::string& flag, const std::string& value) {
@@ -216,8 +224,11 @@ inline options parse(int count, char** arguments) {
                 throw usage_error("--types: this build has float only; half and bfloat16 need CUDA's headers");
         }
         if (flag == "--codes") o.codes = detail::words(flag, value, options().codes);
-        if (flag == "--data")
-            o.data = detail::words(flag, value, {"normal", "hard"})[0] == "hard" ? data_kind::hard : data_kind::normal;
+        if (flag == "--data") {
+            if (value != "normal" && value != "hard")
+                throw usage_error(flag + ": got '" + value + "'; wants normal or hard, one of them");
+            o.data = value == "hard" ? data_kind::hard : data_kind::normal;
+        }
         if (flag == "--time") o.seconds = detail::seconds_of(flag, value, 60);
         if (flag == "--budget") o.budget = detail::seconds_of(flag, value, 1e6);
     }

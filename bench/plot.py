@@ -4,7 +4,7 @@
 
 usage: plot.py [results-dir [output-dir]]     (default: bench/results, and there)
 
-Needs matplotlib. A chart whose rows are missing is not drawn.
+Needs matplotlib. A chart whose rows are missing is not drawn. Hollow marks: what was timed gave wrong codes.
 """
 
 import math
@@ -12,13 +12,13 @@ import pathlib
 import sys
 
 import results
-from results import quantize_us, update_us
+from results import quantize_row, quantize_us, update_row
 
 try:
     import matplotlib
 
     matplotlib.use("svg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import lines, pyplot, ticker
 except ImportError:
     sys.exit("plot.py: needs matplotlib: pip install matplotlib")
 
@@ -49,6 +49,28 @@ QUANTIZE = ("cuvq/fast", "flash_kmeans", "rectokens", "torch_addmm_tf32", "torch
 SCALING = ("flash_kmeans", "torch_addmm_tf32", "torch_addmm_fp32", "cublas_tf32_argmin", "cublas_fp32_argmin",
            "cublas_fp16_product")
 UPDATE = ("rectokens", "torch_index_add", "flash_kmeans", "cub_sort_reduce", "cublas_one_hot")
+
+
+HOLLOW = "hollow: some codes wrong"
+SAVED = []
+
+
+def scatter(axes, points, colour, marker, size, label=None, zorder=3, alpha=1):
+    """Points (x, y, whether it is hollow); the legend shows a full mark."""
+    for hollow in (False, True):
+        axes.scatter([p[0] for p in points if p[2] == hollow], [p[1] for p in points if p[2] == hollow], s=size,
+                     marker=marker, facecolors="white" if hollow else colour, edgecolors=colour, alpha=alpha,
+                     linewidths=1.1 if hollow else 0, zorder=zorder, label=None if hollow else label)
+
+
+def legend(axes, hollow, names=True, **how):
+    """`hollow`: whether there are such marks, to be explained; `names`: whether lines and marks are named here."""
+    handles = axes.get_legend_handles_labels()[0] if names else []
+    if hollow:
+        handles.append(lines.Line2D([], [], linestyle="none", marker="o", markersize=5, markerfacecolor="white",
+                                    markeredgecolor="#444444", label=HOLLOW))
+    if handles:
+        axes.legend(handles=handles, frameon=False, **how)
 
 
 def tidy(axes):
@@ -85,7 +107,7 @@ def spread(values, gap):
     return moved
 
 
-def label_points(axes, points, labels, colours, own=None, lines=False):
+def label_points(axes, points, labels, colours, own=None, leaders=False):
     """Labels to the right of the axes, at the heights of points (x, y), moved apart."""
     low, high = axes.get_ylim()
     right = axes.get_xlim()[1]
@@ -93,7 +115,7 @@ def label_points(axes, points, labels, colours, own=None, lines=False):
     axes.set_autoscale_on(False)
     for (x, y), label, colour, height in zip(points, labels, colours, heights):
         at = (right * 1.04, math.exp(height))
-        if lines:
+        if leaders:
             axes.plot([x, right], [y, at[1]], color="#BBBBBB", linewidth=0.6, zorder=1)
         axes.annotate(label, at, fontsize=7.5, color=colour, va="center", annotation_clip=False,
                       fontweight="bold" if label == own else "normal")
@@ -102,6 +124,7 @@ def label_points(axes, points, labels, colours, own=None, lines=False):
 def save(figure, path):
     figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
     print(path)
+    SAVED.append(path)
 
 
 def beforehand(rows):
@@ -119,9 +142,9 @@ def roofline(rows, out):
         n, k, d = shape
         flops, least = 2.0 * n * k * d, 4.0 * (n * d + k * d + n)
         for who, points in shown.items():
-            us = quantize_us(rows, who, shape)
-            if us:
-                points.append((flops / least, flops / us * 1e-6, shape))
+            row = quantize_row(rows, who, shape)
+            if row and row.us:
+                points.append((flops / least, flops / row.us * 1e-6, row.spoiled, shape))
     if not shown[OWN[0]]:
         return
     figure, axes = pyplot.subplots(figsize=(7.5, 4.6))
@@ -130,12 +153,13 @@ def roofline(rows, out):
     ridge = product / copy
     axes.plot([low, ridge, high], [low * copy, product, product], color="#444444", linewidth=1.2, zorder=1)
     axes.text(ridge, product * 1.12, f"FP16 product, {product:,.0f} TFLOP/s", fontsize=8, color="#444444")
-    axes.text(low * 4, low * 4 * copy * 0.5, f"copy, {copy:.2f} TB/s", fontsize=8, color="#444444")
+    middle = math.sqrt(low * ridge)
+    axes.text(middle * 0.8, middle * copy, f"copy, {copy:.2f} TB/s", fontsize=8, color="#444444", ha="right")
     for who, points in reversed(shown.items()):
         label, colour, marker = PEERS.get(who, OWN)
         if points:
-            axes.scatter([p[0] for p in points], [p[1] for p in points], s=30 if who == OWN[0] else 16, color=colour,
-                         marker=marker, label=label, alpha=1 if who == OWN[0] else 0.6, linewidths=0, zorder=2)
+            own = who == OWN[0]
+            scatter(axes, points, colour, marker, 30 if own else 16, label, zorder=2, alpha=1 if own else 0.6)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
@@ -145,73 +169,79 @@ def roofline(rows, out):
     axes.set_xlabel("operations per byte (2NKD over the fewest bytes)")
     axes.set_ylabel("TFLOP/s")
     axes.set_title("quantize, float32, codes only" + beforehand(rows), loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    legend(axes, any(p[2] for points in shown.values() for p in points), fontsize=8, loc="lower right")
     tidy(axes)
     large = set(results.shapes_of("large"))
-    named = [p for p in shown[OWN[0]] if p[2] in large]
-    label_points(axes, [p[:2] for p in named], [shape_label(p[2]) for p in named], ["#444444"] * len(named), lines=True)
+    named = [p for p in shown[OWN[0]] if p[3] in large]
+    label_points(axes, [p[:2] for p in named], [shape_label(p[3]) for p in named], ["#444444"] * len(named),
+                 leaders=True)
     save(figure, out / "roofline.svg")
     pyplot.close(figure)
 
 
 def speedup(rows, set_name, out):
-    lines = []  # (shape's text, {peer: factor})
+    table = []  # (shape's text, {peer: (factor, whether with wrong codes)})
     for s, name, shape in results.named_shapes():
-        own = quantize_us(rows, "cuvq", shape) if s == set_name else None
+        row = quantize_row(rows, "cuvq", shape) if s == set_name else None
+        own = row.us if row else None
         if own:
-            times = {who: quantize_us(rows, who, shape) for who in QUANTIZE}
+            found = {who: quantize_row(rows, who, shape) for who in QUANTIZE}
             text = shape_label(shape)
-            lines.append((f"{name}  {text}" if name else text, {w: t / own for w, t in times.items() if t}))
-    if not any(factors for _, factors in lines):
+            table.append((f"{name}: {text}" if name else text,
+                          {who: (row.us / own, row.spoiled) for who, row in found.items() if row and row.us}))
+    if not any(factors for _, factors in table):
         return
-    figure, axes = pyplot.subplots(figsize=(7.5, 1.1 + 0.36 * len(lines)))
+    figure, axes = pyplot.subplots(figsize=(7.5, 1.1 + 0.36 * len(table)))
     for who in QUANTIZE:
-        points = [(factors[who], -i) for i, (_, factors) in enumerate(lines) if who in factors]
+        points = [(factors[who][0], -i, factors[who][1]) for i, (_, factors) in enumerate(table) if who in factors]
         if points:
             label, colour, marker = PEERS[who]
-            axes.scatter([p[0] for p in points], [p[1] for p in points], color=colour, marker=marker, label=label,
-                         s=34, linewidths=0, zorder=3)
-    for i, (_, factors) in enumerate(lines):
+            scatter(axes, points, colour, marker, 34, label)
+    for i, (_, factors) in enumerate(table):
         if factors:
-            axes.plot([min(1, *factors.values()), max(1, *factors.values())], [-i, -i], color="#DDDDDD", linewidth=1.5,
-                      zorder=1)
+            ends = [1, *(factor for factor, _ in factors.values())]
+            axes.plot([min(ends), max(ends)], [-i, -i], color="#DDDDDD", linewidth=1.5, zorder=1)
     axes.axvline(1, color=OWN[1], linewidth=1.4, zorder=2)
     axes.set_xscale("log")
     written_out(axes.xaxis)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.set_yticks([-i for i in range(len(lines))], [text for text, _ in lines], fontsize=8)
-    axes.set_ylim(-len(lines) + 0.4, 0.6)
-    axes.set_xlabel(f"time divided by that of cuvq (exact{beforehand(rows)}): right of the line, cuvq is faster")
-    axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+    axes.set_yticks([-i for i in range(len(table))], [text for text, _ in table], fontsize=8)
+    axes.set_ylim(-len(table) + 0.4, 0.6)
+    axes.set_xlabel(f"quantize, float32: time divided by cuvq's (exact{beforehand(rows)}); right of the line cuvq is "
+                    "faster", fontsize=8)
+    legend(axes, any(hollow for _, factors in table for _, hollow in factors.values()), fontsize=7.5, ncols=3,
+           loc="lower center", bbox_to_anchor=(0.4, 1.0))
     tidy(axes)
     axes.grid(False, axis="y")
     save(figure, out / f"speedup_{set_name}.svg")
     pyplot.close(figure)
 
 
-def scaling(rows, peers, time_of, sweeps, title, path):
-    """Lines of time over one size each, named at their ends."""
+def scaling(rows, peers, row_of, sweeps, title, path):
+    """Curves of time over one size each, named at their ends."""
     panels = []
     for axis, fixed in sweeps:
         shapes = sorted({s for s in results.shapes_of("scaling")
                          if all(s[i] == v for i, v in fixed.items())}, key=lambda s: s[axis])
-        lines = {}
+        curves = {}
         for who in ("cuvq",) + tuple(peers):
-            points = [(s[axis], time_of(rows, who, s)) for s in shapes]
-            points = [(x, us) for x, us in points if us]
+            found = [(s[axis], row_of(rows, who, s)) for s in shapes]
+            points = [(x, row.us, row.spoiled) for x, row in found if row and row.us]
             if len(points) > 1:
-                lines[who] = points
-        if "cuvq" in lines:
-            panels.append((axis, fixed, lines))
+                curves[who] = points
+        if "cuvq" in curves:
+            panels.append((axis, fixed, curves))
     if not panels:
         return
     figure, all_axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels) + 0.6, 3.6), squeeze=False,
                                        gridspec_kw={"wspace": 0.3}, sharey=True)
-    for (axis, fixed, lines), axes in zip(panels, all_axes[0]):
-        for who, points in lines.items():
-            label, colour, marker = PEERS.get(who, OWN)
-            axes.plot(*zip(*points), color=colour, marker=marker, markersize=4, markeredgewidth=0,
-                      linewidth=2 if who == "cuvq" else 1.1, label=label, zorder=3 if who == "cuvq" else 2)
+    for (axis, fixed, curves), axes in zip(panels, all_axes[0]):
+        for who, points in curves.items():
+            _, colour, marker = PEERS.get(who, OWN)
+            order = 3 if who == "cuvq" else 2
+            axes.plot([p[0] for p in points], [p[1] for p in points], color=colour,
+                      linewidth=2 if who == "cuvq" else 1.1, zorder=order)
+            scatter(axes, points, colour, marker, 18, zorder=order + 0.5)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(
@@ -222,12 +252,14 @@ def scaling(rows, peers, time_of, sweeps, title, path):
         tidy(axes)
     all_axes[0][0].set_ylabel("µs")
     all_axes[0][0].set_title(title, loc="left", fontsize=10)
+    hollow = any(p[2] for _, _, curves in panels for points in curves.values() for p in points)
+    legend(all_axes[0][0], hollow, names=False, fontsize=7.5, loc="upper left", handletextpad=0.1)
 
-    # A line's name stands beside the last panel that has it.
-    for at, (axes, (_, _, lines)) in enumerate(zip(all_axes[0], panels)):
-        named = {who: points for who, points in lines.items() if not any(who in p[2] for p in panels[at + 1:])}
+    # A curve's name stands beside the last panel that has it.
+    for at, (axes, (_, _, curves)) in enumerate(zip(all_axes[0], panels)):
+        named = {who: points for who, points in curves.items() if not any(who in p[2] for p in panels[at + 1:])}
         looks = [PEERS.get(who, OWN) for who in named]
-        label_points(axes, [points[-1] for points in named.values()], [l[0] for l in looks], [l[1] for l in looks],
+        label_points(axes, [points[-1][:2] for points in named.values()], [l[0] for l in looks], [l[1] for l in looks],
                      own="cuvq")
     save(figure, path)
     pyplot.close(figure)
@@ -251,12 +283,15 @@ def main(arguments):
     roofline(rows, out)
     for set_name in ("seed", "models", "large"):
         speedup(rows, set_name, out)
-    scaling(rows, SCALING, quantize_us,
+    scaling(rows, SCALING, quantize_row,
             [(0, {1: 1024, 2: 128}), (1, {0: 65536, 2: 128}), (2, {0: 65536, 1: 1024})],
             "quantize, float32, codes only" + beforehand(rows), out / "scaling_quantize.svg")
-    scaling(rows, UPDATE + ("read_x",), update_us,
+    scaling(rows, UPDATE + ("read_x",), update_row,
             [(0, {1: 1024, 2: 128}), (1, {0: 65536, 2: 128}), (2, {0: 65536, 1: 1024})],
             "ema_update, float32, uniform codes (others than cuvq and RecTokens: sums only)", out / "scaling_ema_update.svg")
+    if not SAVED:
+        print(f"plot.py: nothing to draw: {directory} has no GPU rows of cuvq at named shapes", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -10,7 +10,7 @@ import pathlib
 import sys
 
 import results
-from results import quantize_row, quantize_us, update_us
+from results import quantize_row, quantize_us, update_row, update_us
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_RUN = "No run is recorded yet; `bench/run_gpu.sh` makes one.\n"
@@ -83,7 +83,7 @@ def cell(us, row=None):
     text = number(us)
     if row and row.wrong:
         text += f" ({row.wrong})"
-    elif row and "WRONG" in row.label:
+    elif row and row.spoiled:
         text += " (wrong)"
     return text
 
@@ -171,9 +171,11 @@ def ratio_table(rows):
 def update_table(rows):
     lines = []
     for shape, codes in UPDATE_ROWS:
-        times = {who: update_us(rows, who, shape, codes) for who, _ in UPDATE}
+        found = {who: update_row(rows, who, shape, codes) for who, _ in UPDATE}
+        times = {who: row.us if row else None for who, row in found.items()}
         if times["cuvq"]:
-            cells = [f"**{number(times['cuvq'])}**", *(number(times[who]) for who, _ in UPDATE[1:]),
+            cells = [f"**{cell(times['cuvq'], found['cuvq'])}**",
+                     *(cell(times[who], found[who]) for who, _ in UPDATE[1:]),
                      *(ratio(times["cuvq"], times[who]) for who in UPDATE_RATIOS)]
             lines.append((f"{shape_name(shape)}, {'all on one code' if codes == 'one' else codes}", cells))
     titles = dict(UPDATE)

@@ -60,6 +60,11 @@ class Row:
         return None if "wrong" not in self.counters else int(self.counters["wrong"])
 
     @property
+    def spoiled(self):
+        """Whether what was timed gave wrong codes, or sums or a codebook that are off."""
+        return bool(self.wrong) or "WRONG" in self.label
+
+    @property
     def key(self):
         return self.test, self.who, self.type, self.shape, self.variant
 
@@ -155,15 +160,20 @@ def quantize_us(rows, who, shape):
     return row.us if row else None
 
 
-def update_us(rows, who, shape, codes="uniform"):
-    """Time of an EMA update by given codes, or of those that only make sums, of sums; or None."""
+def update_row(rows, who, shape, codes="uniform"):
+    """The row of an EMA update by given codes, or of those that only make sums, of sums; or None."""
     if who == "read_x":
-        return rows.us("floor", who, shape)
+        return rows.get("floor", who, shape)
     if who in ("cuvq", "rectokens"):
-        return rows.us("ema_update", who, shape, variant=codes)
+        return rows.get("ema_update", who, shape, variant=codes)
     if who == "cublas_one_hot":  # its time does not depend on the codes
-        return rows.us("accumulate", who, shape)
-    return rows.us("accumulate", who, shape, variant=codes)
+        return rows.get("accumulate", who, shape)
+    return rows.get("accumulate", who, shape, variant=codes)
+
+
+def update_us(rows, who, shape, codes="uniform"):
+    row = update_row(rows, who, shape, codes)
+    return row.us if row else None
 
 
 def comparable(mine, peer):

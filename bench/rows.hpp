@@ -1,6 +1,6 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// What a row of the benchmark is called, how much work it stands for, and which counters it gets.
+// What a row of the benchmark is called, and which counters it gets.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include <benchmark/benchmark.h>
 
 #include "shapes.hpp"
+#include "work.hpp"
 
 namespace cuvq::bench {
 
@@ -52,42 +53,8 @@ struct measured {
     double us = 0;      ///< median
     double us_min = 0;  ///< fastest
     int launches = 1;   ///< of one sample
+    int sets = 1;       ///< of vectors, over which the launches rotate
 };
-
-/// The least that any implementation must do.
-struct work {
-    double flops = 0;
-    double bytes = 0;
-};
-
-inline double vector_bytes(const cuvq::shape& s, int element) {
-    return static_cast<double>(s.vectors) * static_cast<double>(s.dimensions) * element;
-}
-inline double codebook_bytes(const cuvq::shape& s) {
-    return static_cast<double>(s.codes) * static_cast<double>(s.dimensions) * 4;
-}
-inline work product_work(const cuvq::shape& s, double bytes) {
-    return {2.0 * static_cast<double>(s.vectors) * static_cast<double>(s.codes) * static_cast<double>(s.dimensions),
-            bytes};
-}
-/// Reads vectors and codebook; writes int32 codes and, on request, quantized vectors and distances.
-inline work quantize_work(const cuvq::shape& s, int element, bool outputs) {
-    const double n = static_cast<double>(s.vectors);
-    return product_work(s, vector_bytes(s, element) * (outputs ? 2 : 1) + codebook_bytes(s) + n * (outputs ? 8 : 4));
-}
-/// Reads vectors and codes; writes counts and sums.
-inline work accumulate_work(const cuvq::shape& s, int element) {
-    return {0, vector_bytes(s, element) + static_cast<double>(s.vectors + s.codes) * 4 + codebook_bytes(s)};
-}
-/// Reads vectors and codes; reads and writes the statistics and writes the codebook.
-inline work ema_update_work(const cuvq::shape& s, int element) {
-    return {0, vector_bytes(s, element) + static_cast<double>(s.vectors) * 4 + static_cast<double>(s.codes) * 16 +
-                   3 * codebook_bytes(s)};
-}
-/// As both, with the vectors read once.
-inline work train_step_work(const cuvq::shape& s, int element) {
-    return product_work(s, ema_update_work(s, element).bytes + codebook_bytes(s));
-}
 
 /// How a row compares with a float64 computation; negative where it was not compared. Errors are relative (Frobenius
 /// norm).
@@ -136,6 +103,7 @@ public:
         auto& c = state.counters;
         c["us"] = m.us;
         c["us_min"] = m.us_min;
+        c["sets"] = m.sets;
         if (w.flops > 0) c["TFLOP/s"] = w.flops / m.us * 1e-6;
         if (w.bytes > 0) c["GB/s"] = w.bytes / m.us * 1e-3;
         if (most_flops > 0 && most_bytes > 0 && r.test != "ceiling")

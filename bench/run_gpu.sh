@@ -1,21 +1,37 @@
 #!/usr/bin/env bash
 # cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 #
-# The whole measured run on this machine's GPU, peers included, in under 8 minutes: what there is no time for is skipped
-# and says so. Builds cuvq_bench, before that time starts, where there is no build yet. Leaves JSON files for plot.py and
-# readme_table.py in place of those of an earlier run.
+# The whole measured run on this machine's GPU, peers included, in under 8 minutes: what there is no time for is
+# skipped and says so. Builds cuvq_bench, before that time starts, where there is no build yet. Leaves JSON files for
+# plot.py and readme_table.py in place of those of an earlier run, and of their charts.
 #
 # usage: bench/run_gpu.sh [build-dir [output-dir]]     (default: build/bench, bench/results)
 #
 # Environment: BUDGET is the number of seconds (default: 455, so that all ends before 480); CUVQ_COMMIT names the commit
-# where git cannot; PYTHON is the interpreter that has PyTorch (default: python3). Peers in Python take part as far as they are installed: flash-kmeans, vector-quantize-pytorch, and RecTokens
-# on PYTHONPATH.
+# where git cannot; PYTHON is the interpreter that has PyTorch (default: python3). Peers in Python take part as far as
+# they are installed: PyTorch, flash-kmeans, vector-quantize-pytorch, and RecTokens on PYTHONPATH.
 set -euo pipefail
+
+case ${1:-} in
+-*)
+    sed -n '4,/^$/s/^# \{0,1\}//p' "$0"
+    [ "$1" = -h ] || [ "$1" = --help ] || exit 2
+    exit 0
+    ;;
+esac
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 build=${1:-$root/build/bench}
 out=${2:-$root/bench/results}
 python=${PYTHON:-python3}
+
+total=${BUDGET:-455} # seconds in which rows may start; a step that overruns is killed 15 s after its share
+case $total in
+'' | *[!0-9]*)
+    echo "run_gpu.sh: BUDGET: got $total; wants a whole number of seconds" >&2
+    exit 2
+    ;;
+esac
 
 if ! driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1); then
     echo "run_gpu.sh: no GPU: nvidia-smi finds none" >&2
@@ -35,16 +51,9 @@ elif [ -z "$bench" ]; then
     bench=$build/bench/cuvq_bench
 fi
 
-total=${BUDGET:-455} # seconds in which rows may start; a step that overruns is killed 15 s after its share
-case $total in
-'' | *[!0-9]*)
-    echo "run_gpu.sh: BUDGET: got $total; wants a whole number of seconds" >&2
-    exit 2
-    ;;
-esac
 commit=${CUVQ_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
 mkdir -p "$out"
-rm -f "$out"/{cuvq_,peers}*.json "$out"/*.svg
+rm -f "$out"/{cuvq_,peers}*.json "$out"/{roofline,speedup_,scaling_}*.svg
 failed=0
 SECONDS=0
 
@@ -79,7 +88,7 @@ measure() {
 measure cuvq_float 85 --shapes=large,seed,models
 measure cuvq_hard 15 --shapes=large --data=hard --cases=quantize --no-peers
 measure cuvq_scaling 45 --shapes=scaling --cases=quantize,ema_update --codes=uniform
-run peers $((total - 140)) "$python" "$root/bench/peers.py" --shapes=seed,large,models,scaling --seconds=0.05 \
+run peers $((total - 140)) "$python" "$root/bench/peers.py" --shapes=seed,large,models,scaling --time=0.05 \
     --out="$out/peers.json" --context=commit="$commit" --context=driver="$driver"
 measure cuvq_half 120 --shapes=large,seed,models --types=half,bfloat16
 "$python" "$root/bench/results.py" --ratios "$out" || failed=1

@@ -17,12 +17,17 @@
 
 namespace cuvq::bench {
 
-/// Keeps the GPU busy while the host queues what is timed next, so that the first event is not followed by a gap.
+/// Keeps the GPU busy while the host queues what is timed next. On an idle stream the first event would be stamped at
+/// once, and the time until the graph arrives would count.
 static __global__ void hold_the_stream(long long cycles) {
     const long long start = clock64();
     while (clock64() - start < cycles) {
     }
 }
+
+/// How long: 25 to 50 us at clocks of 2 to 1 GHz. A host that needs longer to queue an event and a graph adds the rest
+/// to a sample of, mostly, a millisecond.
+inline constexpr long long lead_cycles = 50000;
 
 class stopwatch {
 public:
@@ -58,6 +63,7 @@ public:
         us = end() / sets;
 
         measured m;
+        m.sets = sets;
         m.launches = static_cast<int>(std::min(100.0, std::max(1.0, std::ceil(1000.0 / us))));
         m.launches = (m.launches + sets - 1) / sets * sets;
         const graph g(*this, [&] {
@@ -71,7 +77,7 @@ public:
         double total = 0;
         while (samples.size() < fewest_ || (total < seconds_ * 1e6 && samples.size() < 201)) {
             prepare();
-            hold_the_stream<<<1, 1, 0, stream_>>>(50000);
+            hold_the_stream<<<1, 1, 0, stream_>>>(lead_cycles);
             begin();
             CUVQ_CHECK_CUDA(cudaGraphLaunch(g, stream_));
             samples.push_back(end());

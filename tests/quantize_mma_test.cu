@@ -13,6 +13,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cuvq/detail/validate.hpp>
+
 #include "support/device.cuh"
 #include "support/image.cuh"
 #include "support/large.cuh"

@@ -6,7 +6,7 @@
 
 #include <gtest/gtest.h>
 
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/check_params.hpp>
 
 #include "support/host.hpp"
 

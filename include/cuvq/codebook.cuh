@@ -10,8 +10,11 @@
 #include <thrust/device_vector.h>
 #include <thrust/fill.h>
 
+#include <cuvq/detail/check_params.hpp>
 #include <cuvq/detail/launch.cuh>
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/overlap.hpp>
+#include <cuvq/detail/references.hpp>
+#include <cuvq/detail/view_types.hpp>
 #include <cuvq/kernel/codebook.cuh>
 #include <cuvq/params.hpp>
 #include <cuvq/views.hpp>

@@ -7,8 +7,10 @@
 
 #include <cuda_runtime.h>
 
+#include <cuvq/detail/check_params.hpp>
 #include <cuvq/detail/launch.cuh>
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/references.hpp>
+#include <cuvq/detail/view_types.hpp>
 #include <cuvq/dispatch/quantize.cuh>
 #include <cuvq/views.hpp>
 #include <cuvq/workspace.hpp>

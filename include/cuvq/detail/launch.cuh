@@ -11,7 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/cuda_error.cuh>
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/check_params.hpp>
 #include <cuvq/workspace.hpp>
 
 namespace cuvq::detail {

@@ -7,7 +7,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/philox.cuh>
 #include <cuvq/params.hpp>
 #include <cuvq/views.hpp>

@@ -10,8 +10,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cuvq/detail/arguments.hpp>
 #include <cuvq/detail/launch.cuh>
-#include <cuvq/detail/validate.hpp>
 #include <cuvq/dispatch/tuning.cuh>
 #include <cuvq/kernel/accumulate.cuh>
 #include <cuvq/kernel/gather.cuh>

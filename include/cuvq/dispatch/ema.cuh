@@ -8,8 +8,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cuvq/detail/arguments.hpp>
 #include <cuvq/detail/launch.cuh>
-#include <cuvq/detail/validate.hpp>
 #include <cuvq/dispatch/accumulate.cuh>
 #include <cuvq/dispatch/tuning.cuh>
 #include <cuvq/kernel/ema.cuh>

@@ -9,8 +9,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cuvq/detail/arguments.hpp>
 #include <cuvq/detail/launch.cuh>
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/view_types.hpp>
 #include <cuvq/dispatch/quantize_mma.cuh>
 #include <cuvq/dispatch/tuning.cuh>
 #include <cuvq/kernel/prepare.cuh>

@@ -8,8 +8,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cuvq/detail/arguments.hpp>
 #include <cuvq/detail/launch.cuh>
-#include <cuvq/detail/validate.hpp>
 #include <cuvq/device/image.cuh>
 #include <cuvq/device/nearest_mma.cuh>
 #include <cuvq/dispatch/tuning.cuh>

@@ -13,7 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/arch/hopper.cuh>
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/accumulate.cuh>
 #include <cuvq/kernel/sort_rows.cuh>
 #include <cuvq/views.hpp>

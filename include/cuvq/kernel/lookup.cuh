@@ -5,7 +5,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/arguments.hpp>
 
 namespace cuvq::kernel {
 

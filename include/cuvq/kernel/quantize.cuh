@@ -6,7 +6,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/nearest.cuh>
 #include <cuvq/kernel/outputs.cuh>
 #include <cuvq/views.hpp>

@@ -14,7 +14,7 @@
 
 #include <cuvq/arch/hopper.cuh>
 #include <cuvq/arch/wgmma_sm90.cuh>
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/kernel/filter_sm90.cuh>
 #include <cuvq/kernel/outputs.cuh>

@@ -6,8 +6,11 @@
 #include <type_traits>
 #include <vector>
 
+#include <cuvq/detail/check_params.hpp>
+#include <cuvq/detail/overlap.hpp>
 #include <cuvq/detail/philox.hpp>
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/references.hpp>
+#include <cuvq/detail/view_types.hpp>
 #include <cuvq/params.hpp>
 #include <cuvq/reference/quantize.hpp>
 #include <cuvq/views.hpp>

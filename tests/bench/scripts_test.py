@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+# cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+"""What bench/*.py make of results, and how they take a bad command line. Needs Python alone; charts, matplotlib too."""
+
+import contextlib
+import io
+import json
+import pathlib
+import sys
+import tempfile
+import unittest
+
+BENCH = pathlib.Path(__file__).resolve().parents[2] / "bench"
+sys.path.insert(0, str(BENCH))
+sys.dont_write_bytecode = True
+
+import peers
+import readme_table
+import results
+
+SHAPE = "65536x1024x128"
+
+
+def row(name, us, **more):
+    return {"name": name + "/iterations:1/manual_time", "real_time": us, "time_unit": "us", "us": us, **more}
+
+
+def skipped(name):
+    return {"name": name, "error_occurred": True, "error_message": "skipped: the budget of 5 s is spent"}
+
+
+OWN = [row(f"quantize/cuvq/float/{SHAPE}/codes", 66.0, wrong=0),
+       row(f"quantize/cuvq/float/{SHAPE}/prepared", 58.0, wrong=0),
+       row(f"quantize/cuvq/float/{SHAPE}/fast", 44.0, wrong=3, label="not exact: 3 of 4096 rows"),
+       row(f"ema_update/cuvq/float/{SHAPE}/uniform", 34.0, sum_error=1e-8),
+       row("ceiling/cublas_fp16_product", 1.0, **{"TFLOP/s": 700.0}), row("ceiling/copy", 1.0, **{"GB/s": 2500.0})]
+OTHERS = [row(f"quantize/flash_kmeans/float/{SHAPE}/codes", 88.0, wrong=2, label="WRONG CODES: 2 of 4096 rows"),
+          row(f"quantize/torch_addmm_fp32/float/{SHAPE}/codes", 600.0, wrong=0),
+          skipped(f"quantize/torch_cdist/float/{SHAPE}/codes"),
+          row(f"accumulate/torch_index_add/float/{SHAPE}/uniform", 59.0, sum_error=0.5, label="WRONG SUMS")]
+
+
+class WithResults(unittest.TestCase):
+    """A directory of results, as one run leaves it."""
+
+    def setUp(self):
+        scratch = tempfile.TemporaryDirectory()
+        self.addCleanup(scratch.cleanup)
+        self.directory = pathlib.Path(scratch.name)
+        results.write(self.directory / "cuvq_float.json", {"device": "a card", "host_name": "mine"}, OWN)
+        results.write(self.directory / "peers.json", {"torch": "2"}, OTHERS)
+
+    def silently(self, call, *arguments):
+        """(What it returned or exited with, what it printed to stderr.)"""
+        with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
+            try:
+                code = call(*arguments)
+            except SystemExit as e:
+                code = e.code
+        return code, errors.getvalue()
+
+
+class ResultsTest(WithResults):
+    def test_named_shapes_are_those_of_shapes_hpp(self):
+        self.assertEqual(results.shapes_of("seed"), [(256, 512, 64), (1024, 512, 64), (1024, 1024, 128),
+                                                     (4096, 512, 64), (4096, 1024, 128), (8192, 512, 64)])
+        self.assertIn(("models", "Mimi, 8 frames", (8, 2048, 256)), results.named_shapes())
+        table = (BENCH / "shapes.hpp").read_text()
+        self.assertEqual(len(results.named_shapes()), table.count('    {"'))
+
+    def test_files_name_no_machine_and_hold_a_row_to_a_line(self):
+        text = (self.directory / "cuvq_float.json").read_text()
+        self.assertNotIn("mine", text)
+        self.assertNotIn("manual_time", text)
+        self.assertEqual(len(text.splitlines()), len(OWN) + 5)
+        self.assertEqual(json.loads(text)["benchmarks"][0]["wrong"], 0)
+
+    def test_rows(self):
+        rows = results.Results(self.directory)
+        self.assertEqual(rows.own_variant, "prepared")
+        flash = results.quantize_row(rows, "flash_kmeans", (65536, 1024, 128))
+        self.assertEqual((flash.us, flash.wrong, flash.spoiled), (88.0, 2, True))
+        self.assertFalse(results.quantize_row(rows, "cuvq", (65536, 1024, 128)).spoiled)
+        self.assertTrue(results.quantize_row(rows, "cuvq/fast", (65536, 1024, 128)).spoiled)
+        self.assertTrue(results.update_row(rows, "torch_index_add", (65536, 1024, 128)).spoiled)
+        self.assertIsNone(results.quantize_us(rows, "torch_cdist", (65536, 1024, 128)))
+        self.assertEqual(rows.ceilings(), (700.0, 2500.0))
+
+    def test_of_rows_of_one_name_the_first_that_ran_counts(self):
+        name = f"quantize/rectokens/float/{SHAPE}/codes"
+        for file, entry in (("a", skipped(name)), ("b", row(name, 7.0)), ("c", row(name, 9.0))):
+            results.write(self.directory / f"{file}.json", {}, [entry])
+        self.assertEqual(results.quantize_us(results.Results(self.directory), "rectokens", (65536, 1024, 128)), 7.0)
+
+    def test_runs_of_two_commits_are_not_mixed(self):
+        results.write(self.directory / "a.json", {"commit": "1"}, [])
+        results.write(self.directory / "b.json", {"commit": "2"}, [])
+        self.assertIn("several commits (1, 2)", self.silently(results.Results, self.directory)[0])
+
+    def test_ratios(self):
+        results.add_ratios(self.directory)
+        by_name = {e["name"]: e for e in json.loads((self.directory / "cuvq_float.json").read_text())["benchmarks"]}
+        prepared = by_name[f"quantize/cuvq/float/{SHAPE}/prepared"]
+        self.assertAlmostEqual(prepared["vs_flash_kmeans"], 58 / 88, places=4)
+        self.assertNotIn("vs_torch_cdist", prepared)  # was skipped
+        self.assertNotIn("vs_torch_index_add", prepared)
+        update = by_name[f"ema_update/cuvq/float/{SHAPE}/uniform"]
+        self.assertAlmostEqual(update["vs_torch_index_add"], 34 / 59, places=4)
+
+
+class ReadmeTest(WithResults):
+    def test_what_was_wrong_is_marked(self):
+        readme = self.directory / "README.md"
+        readme.write_text(f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n")
+        self.assertEqual(readme_table.main([str(self.directory), str(readme)]), 0)
+        text = readme.read_text()
+        lines = [line for line in text.splitlines() if line.startswith("| 65536, 1024, 128")]
+        quantize, update = lines[0], next(line for line in lines if "uniform" in line)
+        self.assertEqual(quantize, "| 65536, 1024, 128 | **58.0** | **66.0** | 44.0 (3) | 88.0 (2) | 600 |")
+        self.assertTrue(update.startswith("| 65536, 1024, 128, uniform | **34.0** | 59.0 (wrong) |"), update)
+        self.assertTrue(text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text)
+        readme_table.main([str(self.directory), str(readme)])
+        self.assertEqual(readme.read_text(), text)
+
+    def test_a_readme_without_markers_stays_as_it_is(self):
+        readme = self.directory / "README.md"
+        readme.write_text("mine\n")
+        code, errors = self.silently(readme_table.main, [str(self.directory), str(readme)])
+        self.assertEqual((code, readme.read_text()), (1, "mine\n"))
+        self.assertIn("wants one", errors)
+
+
+class PeersTest(WithResults):
+    def test_bad_flags_get_one_line(self):
+        for flag, says in (("--budget=-3", "argument --budget: got '-3'; wants seconds, above 0 and at most 1000000"),
+                           ("--time=nan", "argument --time: got 'nan'; wants seconds, above 0 and at most 1000000"),
+                           ("--shape=1,0,3", "--shape: got '1,0,3'; wants N,K,D: whole numbers from 1"),
+                           ("--shapes=huge", "--shapes: got 'huge'; wants large, models, scaling, seed"),
+                           ("--hot", "unrecognized arguments: --hot")):
+            self.assertEqual(self.silently(peers.parse, [flag]), (2, f"peers.py: {says}\n"))
+
+    def test_shapes_come_once(self):
+        options = peers.parse(["--shape=1024,1024,128", "--shapes=seed,scaling"])
+        self.assertEqual(len(options.shapes), 6 + 16 - 2)
+        self.assertNotIn((4096, 1024, 128), options.scaling_only)
+        self.assertEqual((options.time, options.budget), (0.1, 1e6))
+
+    def test_every_peer_that_the_table_and_charts_show_exists(self):
+        in_the_binary = {"cuvq", "cublas_tf32_argmin", "cublas_fp32_argmin", "cublas_fp16_product", "cub_sort_reduce",
+                         "cublas_one_hot", "read_x"}
+        known = {p.who for p in peers.PEERS} | in_the_binary
+        shown = {who.split("/")[0] for names, _ in readme_table.QUANTIZE + readme_table.PYTORCH for who in names}
+        self.assertLessEqual(shown | {who for who, _ in readme_table.UPDATE}, known)
+
+
+class PlotTest(WithResults):
+    def setUp(self):
+        super().setUp()
+        try:
+            import plot
+        except SystemExit as e:
+            self.skipTest(str(e))
+        self.plot = plot
+        plot.SAVED.clear()
+
+    def test_hollow_marks_are_explained_where_there_are_some(self):
+        self.assertEqual(self.silently(self.plot.main, [str(self.directory)]), (0, ""))
+        self.assertIn(self.plot.HOLLOW, (self.directory / "speedup_large.svg").read_text())
+        self.assertIn(self.plot.HOLLOW, (self.directory / "roofline.svg").read_text())
+        sound = [{**e, "wrong": 0, "label": ""} if "wrong" in e else e for e in OWN + OTHERS]
+        results.write(self.directory / "cuvq_float.json", {}, sound)
+        results.write(self.directory / "peers.json", {}, [])
+        self.assertEqual(self.silently(self.plot.main, [str(self.directory)]), (0, ""))
+        self.assertNotIn(self.plot.HOLLOW, (self.directory / "speedup_large.svg").read_text())
+
+    def test_nothing_to_draw_is_said(self):
+        for file in self.directory.glob("*.json"):
+            file.unlink()
+        results.write(self.directory / "cpu.json", {}, [row("quantize/cuvq_reference/float/64x40x8/codes", 9.0)])
+        code, errors = self.silently(self.plot.main, [str(self.directory)])
+        self.assertEqual(code, 1)
+        self.assertIn("nothing to draw", errors)
+
+
+if __name__ == "__main__":
+    unittest.main()
