@@ -43,6 +43,8 @@ struct sm90_shared {
     static constexpr int bytes = barriers + 8 * 2 * (Tile::stages + Tile::row_buffers + result_buffers);
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
     static constexpr int threads = 128 * (Tile::consumers + 2);
+    // Of the narrowest rows, so many come in the time that it takes to settle one that several are settled at once.
+    static constexpr int finishers_per_turn = Tile::steps == 1 ? 1 : finishing_warps;
 };
 
 /// The rows of a block: its turn t is 64 rows, every gridDim.x-th.
@@ -118,7 +120,7 @@ struct sm90_barriers {
         }
         for (int i = 0; i < sm90_shared<Tile>::result_buffers; ++i) {
             ptx::mbarrier_init(results_full + i, 128);
-            ptx::mbarrier_init(results_empty + i, 32 * finishing_warps);
+            ptx::mbarrier_init(results_empty + i, 32 * sm90_shared<Tile>::finishers_per_turn);
         }
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
@@ -134,81 +136,101 @@ __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_c
     using split = row_split<steps>;
     const int columns = static_cast<int>(x.columns);
     const int row0 = part * 16 + static_cast<int>(threadIdx.x) % 32 / split::lanes;
-    // The common case: whole parts of data, and one more for the factors alone.
-    constexpr int data_parts = (steps - 1) * 4 / split::lanes;
-    const bool whole = steps > 1 && columns == 16 * (steps - 1) && device::is_aligned4(x.data) && x.stride % 4 == 0;
-
-    float4 v[data_parts > 0 ? data_parts : 1];  // of the row that comes next
+    // Loaded ahead: rows of a single part, and those of nothing but whole parts and one more for the factors.
+    constexpr bool single = split::parts == 1;
+    constexpr int data_columns = 16 * (steps - 1), data_parts = single ? 1 : data_columns / 4 / split::lanes;
+    const bool ahead = single || (columns == data_columns && loads_vectors(x));
+    float4 v[data_parts];  // of the row that comes next
     const auto load = [&](std::int64_t row, int s) {
-        v[s] = device::load4(x.row(row < x.rows ? row : x.rows - 1) + split::column(s));
+        const X* from = x.row(row < x.rows ? row : x.rows - 1);
+        v[s] = single ? load_part<steps>(from, columns, loads_vectors(x), s) : device::load4(from + split::column(s));
     };
-    if (whole) {
+    const auto centre = [&](int d) { return *reinterpret_cast<const float4*>(scaled_centre + d); };
+    const auto row_at = [&](std::int64_t r) { return x.row(r < x.rows ? r : 0); };
+    // Walks the turns; convert(image, row, next row) gives the row's t.
+    const auto turns = [&](auto convert) {
+        ring<Tile::row_buffers> buffer(1);
+        for (int turn = 0; span.has(turn); ++turn, buffer.next()) {
+            const std::int64_t first = span.first(turn) + row0;
+            wait(barriers.rows_empty + buffer.at, buffer.parity);
+#pragma unroll 1
+            for (int i = 0; i < 16; i += split::rows) {
+                row_image<steps> image{operands + buffer.at * sm90_shared<Tile>::row_bytes, row0 + i};
+                const std::int64_t then = i + split::rows < 16 ? first + i + split::rows : span.first(turn + 1) + row0;
+                const float factor = convert(image, first + i, then);
+                const float error = image.measured(factor).error(bounds, steps);
+                if (split::lane() == 0) errors[buffer.at * row_results::rows + row0 + i] = error;
+            }
+            cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+            arrive_each(barriers.rows_full + buffer.at);
+        }
+    };
+    if (ahead) {
 #pragma unroll
         for (int s = 0; s < data_parts; ++s) load(span.first(0) + row0, s);
-    }
-    ring<Tile::row_buffers> buffer(1);
-    for (int turn = 0; span.has(turn); ++turn, buffer.next()) {
-        const std::int64_t first = span.first(turn) + row0;
-        wait(barriers.rows_empty + buffer.at, buffer.parity);
-#pragma unroll 1
-        for (int i = 0; i < 16; i += split::rows) {
-            row_image<steps> image{operands + buffer.at * sm90_shared<Tile>::row_bytes, row0 + i};
-            float factor = 1.0f;
-            if (whole) {
-                const std::int64_t then = i + split::rows < 16 ? first + i + split::rows : span.first(turn + 1) + row0;
+        turns([&](row_image<steps>& image, std::int64_t row, std::int64_t then) {
 #pragma unroll
-                for (int s = 0; s < data_parts; ++s) {
-                    image.add(v[s], scale, *reinterpret_cast<const float4*>(scaled_centre + split::column(s)), s);
-                    load(then, s);
-                }
-                image.close_after(factor, columns, data_parts);
+            for (int s = 0; s < data_parts; ++s) {
+                const float4 u = image.centred(v[s], scale, centre(split::column(s)));
+                if (single)
+                    image.put_last(u, 1.0f, columns, s);
+                else
+                    image.put(u, s);
+                load(then, s);
             }
-            if (!whole || __any_sync(0xFFFFFFFFu, !(split::row_sum(image.square) < 0x1p26f))) {
-                const bool inside = first + i < x.rows;
-                const auto centre = [&](int d) { return *reinterpret_cast<const float4*>(scaled_centre + d); };
-                factor = image.convert(x.row(inside ? first + i : 0), inside, columns, centre, scale);
-            }
-            const float error = image.measure(factor).error(bounds, steps);
-            if (split::lane() == 0) errors[buffer.at * row_results::rows + row0 + i] = error;
-        }
-        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-        arrive_each(barriers.rows_full + buffer.at);
+            if (!single) image.put_factor(1.0f, data_columns, data_parts);
+            if (image.fits()) return 1.0f;
+            return image.template put_all<1>(row_at(row), row < x.rows, columns, loads_vectors(x), centre, scale, true);
+        });
+    } else {
+        turns([&](row_image<steps>& image, std::int64_t row, std::int64_t) {
+            return image.template put_all<3>(row_at(row), row < x.rows, columns, loads_vectors(x), centre, scale,
+                                             false);
+        });
     }
 }
 
-/// The finishing warp `part` of three: codes of its share of every 64 rows.
+/// The finishing warp `part` of three: codes of its share of every 64 rows, or, where they come fast, of all of every
+/// third 64.
 template <class Tile, class X, class C>
 __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_tally& tally, const rows_aside& aside,
                             row_results* results, const sm90_barriers<Tile>& barriers, const row_span& span, int part) {
-    constexpr int share = (row_results::rows - 1) / finishing_warps + 1;
-    const int lane = static_cast<int>(threadIdx.x) % 32, start = part * share;
+    using shared = sm90_shared<Tile>;
+    constexpr int sharers = shared::finishers_per_turn, turns = finishing_warps / sharers;
+    constexpr int share = (row_results::rows - 1) / sharers + 1;
+    const int lane = static_cast<int>(threadIdx.x) % 32, begin = part % sharers * share;
+    const int end = min(begin + share, row_results::rows);
     const int segment = finishing_warps * static_cast<int>(blockIdx.x) + part;
     int put_aside = 0;
-    ring<sm90_shared<Tile>::result_buffers> buffer(0);
-    for (int turn = 0; span.has(turn); ++turn, buffer.next()) {
-        wait(barriers.results_full + buffer.at, buffer.parity);
-        const row_results& result = results[buffer.at];
-        const std::int64_t first = span.first(turn) + start;
-        const std::int64_t left = min(a.x.rows - first, std::int64_t{min(share, row_results::rows - start)});
-        const int count = left > 0 ? static_cast<int>(left) : 0;
-        std::int64_t code = lane < count ? result.code[start + lane] : 0;
-        const unsigned open = __ballot_sync(0xFFFFFFFFu, code < 0);
-        bool heavy = false;
-        if (code < 0)
-            for (int i = 0; i < -1 - code; ++i) heavy = heavy || result.word[start + lane][i] >= row_results::column;
-        unsigned slow = __ballot_sync(0xFFFFFFFFu, heavy);
-        if (open != slow) settle_light(open & ~slow, result, start, first, a.x, a.codebook, code);
-        for (; slow != 0; slow &= slow - 1) {
-            const int r = __ffs(slow) - 1;
-            const int* words = result.word[start + r];
-            const int number = -1 - static_cast<int>(__shfl_sync(0xFFFFFFFFu, code, r));
-            std::int64_t found = code_aside;
-            if (!set_aside(aside, segment, put_aside, first + r, words, number))
-                found = settle_open(words, number, a.x.row(first + r), a.codebook, a.x.columns);
-            if (lane == r) code = found;
+    for (int turn = part / sharers; span.has(turn); turn += turns) {
+        const unsigned put = static_cast<unsigned>(turn) % shared::result_buffers;
+        wait(barriers.results_full + put, static_cast<unsigned>(turn) / shared::result_buffers & 1);
+        const row_results& result = results[put];
+#pragma unroll 1
+        for (int start = begin; start < end; start += 32) {
+            const std::int64_t first = span.first(turn) + start;
+            const std::int64_t left = min(a.x.rows - first, std::int64_t{min(32, end - start)});
+            const int count = left > 0 ? static_cast<int>(left) : 0;
+            std::int64_t code = lane < count ? result.code[start + lane] : 0;
+            const unsigned open = __ballot_sync(0xFFFFFFFFu, code < 0);
+            bool heavy = false;
+            if (code < 0)
+                for (int i = 0; i < -1 - code; ++i)
+                    heavy = heavy || result.word[start + lane][i] >= row_results::column;
+            unsigned slow = __ballot_sync(0xFFFFFFFFu, heavy);
+            if (open != slow) settle_light(open & ~slow, result, start, first, a.x, a.codebook, code);
+            for (; slow != 0; slow &= slow - 1) {
+                const int r = __ffs(slow) - 1;
+                const int* words = result.word[start + r];
+                const int number = -1 - static_cast<int>(__shfl_sync(0xFFFFFFFFu, code, r));
+                std::int64_t found = code_aside;
+                if (!set_aside(aside, segment, put_aside, first + r, words, number))
+                    found = settle_open(words, number, a.x.row(first + r), a.codebook, a.x.columns);
+                if (lane == r) code = found;
+            }
+            write_codes(a, tally, first, count, code);
         }
-        arrive_each(barriers.results_empty + buffer.at);
-        write_codes(a, tally, first, count, code);
+        arrive_each(barriers.results_empty + put);
     }
     if (aside.capacity > 0 && lane == 0) aside.used[segment] = put_aside;
 }
@@ -325,17 +347,19 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
     __syncthreads();
 
     if (warpgroup < Tile::consumers) {
-        if constexpr (Tile::consumers == 3) arch::more_registers<112>();
+        if constexpr (Tile::consumers == 3) arch::more_registers<112>();  // of 480: 3 x 112 + 80 + 64
         consume<Tile>(codes, rows, errors, results, tiles, skip_tiles, exact, mask, barriers, span, warpgroup);
     } else {
-        if constexpr (Tile::consumers == 3) arch::fewer_registers<72>();
         if (warpgroup == Tile::consumers) {
+            if constexpr (Tile::consumers == 3) arch::fewer_registers<80>();
             const device::score_bounds limits = as_bounds(bounds);
             convert_rows<Tile>(a.x, centre, *image.scale, limits, rows, errors, barriers, span, warp);
-        } else if (warp > 0) {
-            finish_rows<Tile>(a, tally, aside, results, barriers, span, warp - 1);
-        } else if (lane == 0) {
-            stream_codes<Tile>(image, tiles, codes, barriers, span);
+        } else {
+            if constexpr (Tile::consumers == 3) arch::fewer_registers<64>();
+            if (warp > 0)
+                finish_rows<Tile>(a, tally, aside, results, barriers, span, warp - 1);
+            else if (lane == 0)
+                stream_codes<Tile>(image, tiles, codes, barriers, span);
         }
     }
 #endif  // CUVQ_HAS_WGMMA

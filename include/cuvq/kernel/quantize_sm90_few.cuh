@@ -74,7 +74,6 @@ __device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, s
 struct few_conclusion {
     int least;   // what a lead must reach to be a candidate, if there are candidates to list
     int number;  // of candidates that this lane has seen
-    int before;  // candidates of the lanes before it
     int total;   // of the row
     int code;    // of the row, or code_aside where only the whole block can tell, or -3: one of the candidates
 };
@@ -85,19 +84,23 @@ __device__ inline int code_of(int tagged_score, int tile, int lead) {
 }
 
 /// From the `count` leads of the threads that scored a row, four for every warpgroup. `lanes` lanes a row, a power of
-/// two; whole warps, converged: shuffles of diverged ones are slow. Loops are not unrolled: they are short, and run
-/// from a cold instruction cache.
+/// two; whole warps, converged: shuffles of diverged ones are slow. Loops over leads are not unrolled: they are short,
+/// and run from a cold instruction cache.
 __device__ inline few_conclusion conclude_few(const few_lead* leads, int count, float error, bool exact, int lanes) {
     constexpr unsigned all = 0xFFFFFFFFu;
     const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
     int best = leaders::least;
 #pragma unroll 1
     for (int i = lane; i < count; i += lanes) best = max(best, leads[i].best);
-#pragma unroll 1
-    for (int step = 1; step < lanes; step *= 2) best = max(best, __shfl_xor_sync(all, best, step));
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_xor_sync(all, best, step);
+        best = step < lanes ? max(best, other) : best;
+    }
     const int top = best & tag_mask;
-    few_conclusion c{exact ? least_candidate(best, error) : top, 0, 0, 0, 0x7FFFFFFF};
-    int lost = !(c.least > 0 && error == error);  // integers order positive scores only
+    few_conclusion c{exact ? least_candidate(best, error) : top, 0, 0, 0x7FFFFFFF};
+    constexpr int lost = 1 << 16;                          // more than all candidates
+    if (!(c.least > 0 && error == error)) c.total = lost;  // integers order positive scores only
 #pragma unroll 1
     for (int i = lane; i < count; i += lanes) {
         const few_lead l = leads[i];
@@ -106,20 +109,16 @@ __device__ inline few_conclusion conclude_few(const few_lead* leads, int count, 
         c.code = may_win && code < c.code ? code : c.code;
         if (!exact) continue;
         c.number += may_win + (l.best_runner >= c.least) + (l.next >= c.least) + (l.next_runner >= c.least);
-        lost |= l.rest >= c.least;  // something dropped could win
+        if (l.rest >= c.least) c.total = lost;  // something dropped could win
     }
-    c.before = c.number;
-#pragma unroll 1
-    for (int step = 1; step < lanes; step *= 2) {
-        c.code = min(c.code, __shfl_xor_sync(all, c.code, step));
-        lost |= __shfl_xor_sync(all, lost, step);
-        const int others = __shfl_up_sync(all, c.before, step);
-        if (lane >= step) c.before += others;
+    c.total += c.number;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int code = __shfl_xor_sync(all, c.code, step), total = __shfl_xor_sync(all, c.total, step);
+        if (step < lanes) c.code = min(c.code, code);
+        if (step < lanes) c.total += total;
     }
-    c.total = __shfl_sync(all, c.before, lanes - 1, lanes);
-    c.before -= c.number;
-    if (c.total > 1) c.code = -3;
-    if (lost || c.total > few_candidates) c.code = code_aside;
+    if (c.total > 1) c.code = c.total > few_candidates ? static_cast<int>(code_aside) : -3;
     return c;
 }
 
@@ -141,12 +140,12 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     static_assert(stages % groups == 0, "a stage belongs to one warpgroup, which so sees all its phases");
     extern __shared__ char dynamic_shared[];
     char* base = dynamic_shared + ((1024 - (arch::shared_address(dynamic_shared) & 1023)) & 1023);
-    char* operands = base;                                                    // (stages, 128 codes, steps * 16)
-    char* rows = base + shared::rows;                                         // (64 rows, steps * 16)
-    auto* leads = reinterpret_cast<few_lead*>(base + shared::leads);          // (rows of the block, parts, 4)
-    auto* codes = reinterpret_cast<std::int64_t*>(base + shared::codes);      // (rows of the block)
+    char* operands = base;                                                // (stages, 128 codes, steps * 16)
+    char* rows = base + shared::rows;                                     // (64 rows, steps * 16)
+    auto* leads = reinterpret_cast<few_lead*>(base + shared::leads);      // (rows of the block, parts, 4)
+    auto* codes = reinterpret_cast<std::int64_t*>(base + shared::codes);  // (rows of the block)
     auto* full = arch::kept(reinterpret_cast<std::uint64_t*>(base + shared::barriers));  // (stages)
-    std::uint64_t* received = full + stages;                                  // leads of all the block's rows
+    std::uint64_t* received = full + stages;                                   // leads of all the block's rows
     auto* measures = reinterpret_cast<row_measure*>(base + shared::measures);  // (64)
     auto* bounds = reinterpret_cast<int*>(base + shared::bounds);
 
@@ -169,7 +168,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     };
     arch::let_successor_start();
     const bool starts = threadIdx.x == few_threads - 32;  // a warp that has the least to do
-    __shared__ int listed;  // candidates of all open rows of the block
+    __shared__ int listed;                                // candidates of all open rows of the block
     if (starts) {
         listed = 0;
         for (int i = 0; i < stages + 1; ++i) ptx::mbarrier_init(full + i, 1);
@@ -184,19 +183,16 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
 
     // A warp converts as many rows as it can at once. Loads of the rows come first of all, since all else waits for
     // them, or takes up what connects the processor to the L2 cache: the tiles of codes.
-    constexpr int data_parts = (Tile::steps - 1) * 4 / split::lanes, held = data_parts > 0 ? data_parts : 1;
-    const bool whole =
-        Tile::steps > 1 && columns == 16 * (Tile::steps - 1) && device::is_aligned4(a.x.data) && a.x.stride % 4 == 0;
     const bool converts = warp < row_results::rows / split::rows;
     const int row = warp * split::rows + lane / split::lanes;
-    const bool inside = first + row < a.x.rows;
+    const bool inside = first + row < a.x.rows, vectors = loads_vectors(a.x), ahead = vectors || split::parts == 1;
     const X* x = a.x.row(inside ? first + row : 0);
-    float4 v[held], centre[held];
-    if (converts && whole) {
+    float4 v[split::parts], centre[split::parts];
+    if (converts && ahead) {
 #pragma unroll
-        for (int s = 0; s < data_parts; ++s) v[s] = device::load4(x + split::column(s));
+        for (int s = 0; s < split::parts; ++s) v[s] = load_part<Tile::steps>(x, columns, vectors, s);
 #pragma unroll
-        for (int s = 0; s < data_parts; ++s) centre[s] = device::load4(image.centre + split::column(s));
+        for (int s = 0; s < split::parts; ++s) centre[s] = load_part<Tile::steps>(image.centre, columns, vectors, s);
     }
     __syncthreads();
     if (starts) {
@@ -213,16 +209,15 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         };
         row_image<Tile::steps> operand{rows, row};
         float factor = 1.0f;
-        if (whole) {
+        const auto centre_at = [&](int d) { return scaled(device::load4(image.centre, d, columns)); };
+        if (ahead) {
 #pragma unroll
-            for (int s = 0; s < data_parts; ++s) operand.add(v[s], scale, scaled(centre[s]), s);
-            operand.close_after(factor, columns, data_parts);
+            for (int s = 0; s < split::parts; ++s)
+                operand.put_last(operand.centred(v[s], scale, scaled(centre[s])), factor, columns, s);
         }
-        if (!whole || __any_sync(0xFFFFFFFFu, !(split::row_sum(operand.square) < 0x1p26f))) {
-            const auto at = [&](int d) { return scaled(device::load4(image.centre, d, columns)); };
-            factor = operand.convert(x, inside, columns, at, scale);
-        }
-        const row_measure measure = operand.measure(factor);
+        if (!ahead || !operand.fits())
+            factor = operand.template put_all<3>(x, inside, columns, vectors, centre_at, scale, ahead);
+        const row_measure measure = operand.measured(factor);
         if (split::lane() == 0) measures[row] = measure;
         ptx::fence_proxy_async(ptx::space_shared);
     }
@@ -264,12 +259,12 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     }
 
     // The block's rows, as many lanes each as there are; then the candidates of all that are open.
-    auto* distance = reinterpret_cast<double*>(base);                          // (most_candidates)
+    auto* distance = reinterpret_cast<double*>(base);                              // (most_candidates)
     auto* candidate = reinterpret_cast<int*>(distance + shared::most_candidates);  // (most_candidates)
-    auto* candidate_row = candidate + shared::most_candidates;                 // (most_candidates)
+    auto* candidate_row = candidate + shared::most_candidates;                     // (most_candidates)
     while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cluster, received, 0)) {
     }
-    const int lanes = 32 / ((block_rows - 1) / few_warps + 1);  // of a row
+    const int lanes = min(32 / ((block_rows - 1) / few_warps + 1), parts > 4 ? 32 : 16);  // of a row
     const int start = static_cast<int>(rank) * block_rows, own = lane / lanes * few_warps + warp;
     const bool leads_row = lane % lanes == 0;
     const std::int64_t left = a.x.rows - first - start;
@@ -277,28 +272,29 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     int code = 0, own_first = 0, own_candidates = 0;
     if (warp < count) {  // lanes beyond the last row repeat another one
         const int r = own < count ? own : warp;
-        const few_conclusion c = conclude_few(
-            leads + r * parts * 4, parts * 4, measures[start + r].error(as_bounds(bounds), Tile::steps), exact, lanes);
+        const few_conclusion c = conclude_few(leads + r * parts * 4, parts * 4,
+                                              measures[start + r].error(as_bounds(bounds), Tile::steps), exact, lanes);
         const bool open = own < count && c.code == -3;
         if (own < count) code = c.code;
         if (__any_sync(0xFFFFFFFFu, open)) {
             own_candidates = open ? c.total : 0;
-            int end = leads_row ? own_candidates : 0;  // of the warp's rows up to this one
-#pragma unroll 1
+            const int number = open ? c.number : 0;
+            int end = number;  // of the warp's candidates up to this lane's last
+#pragma unroll
             for (int step = 1; step < 32; step *= 2) {
                 const int others = __shfl_up_sync(0xFFFFFFFFu, end, step);
                 if (lane >= step) end += others;
             }
-            own_first = lane == 31 ? atomicAdd(&listed, end) : 0;
-            own_first = __shfl_sync(0xFFFFFFFFu, own_first, 31) + end - own_candidates;
-            int at = own_first + c.before;
+            const int base = __shfl_sync(0xFFFFFFFFu, lane == 31 ? atomicAdd(&listed, end) : 0, 31);
+            int at = base + end - number;
+            own_first = __shfl_sync(0xFFFFFFFFu, at, 0, lanes);
             const auto list = [&](int score, int tile, int i) {
                 if (score < c.least) return;
                 candidate[at] = code_of(score, tile, i);
                 candidate_row[at++] = own;
             };
 #pragma unroll 1
-            for (int i = lane % lanes; i < parts * 4 && open && at < own_first + c.before + c.number; i += lanes) {
+            for (int i = lane % lanes; i < parts * 4 && at < base + end; i += lanes) {
                 const few_lead l = leads[own * parts * 4 + i];
                 list(l.best, l.best_tile, i);
                 list(l.best_runner, l.best_tile, i);

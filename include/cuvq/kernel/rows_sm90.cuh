@@ -11,6 +11,8 @@
 #include <cuvq/arch/wgmma_sm90.cuh>
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/kernel/filter_sm90.cuh>
+#include <cuvq/kernel/outputs.cuh>
+#include <cuvq/views.hpp>
 
 namespace cuvq::kernel {
 
@@ -45,6 +47,18 @@ struct row_split {
     }
 };
 
+/// A row's columns that a lane holds of part `part`, zeros behind the data. `vectors`: loads of four serve.
+template <int Steps, class X>
+__device__ float4 load_part(const X* row, int columns, bool vectors, int part) {
+    const int column = row_split<Steps>::column(part);
+    if (!vectors) return device::load4(row, column, columns);
+    return column < columns ? device::load4(row + column) : float4{0, 0, 0, 0};
+}
+template <class X>
+__device__ bool loads_vectors(const matrix_ref<const X>& x) {
+    return x.columns % 4 == 0 && has_aligned_rows(x);
+}
+
 /// A row on its way into its operand, in one lane of its lanes: t s (x - centre) in fp16, t the row's power of two.
 template <int Steps>
 struct row_image {
@@ -60,16 +74,39 @@ struct row_image {
         return {__fmaf_ieee_rn(x.x, scale, -centre.x), __fmaf_ieee_rn(x.y, scale, -centre.y),
                 __fmaf_ieee_rn(x.z, scale, -centre.z), __fmaf_ieee_rn(x.w, scale, -centre.w)};
     }
-    __device__ void add(const float4& x, float scale, const float4& centre, int part) {
-        put(centred(x, scale, centre), part);
-    }
+    /// Four columns of t s (x - centre), nothing but data.
     __device__ void put(const float4& v, int part) {
         const __half2 half[2] = {__floats2half2_rn(v.x, v.y), __floats2half2_rn(v.z, v.w)};
+        write(half, part);
+        measure(v, half);
+    }
+    /// Four columns, which are 0 behind the data; there t itself goes into the first three.
+    __device__ void put_last(const float4& v, float factor, int columns, int part) {
+        __half2 half[2] = {__floats2half2_rn(v.x, v.y), __floats2half2_rn(v.z, v.w)};
+        measure(v, half);
+        const int column = split::column(part);
+        if (column >= layout::columns) return;
+        const __half t = __float2half_rn(factor);
+        __half* out = reinterpret_cast<__half*>(half);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (column + i >= columns && column + i < columns + 3) out[i] = t;
+        write(half, part);
+    }
+    /// Behind nothing but data: t, and zeros.
+    __device__ void put_factor(float factor, int columns, int part) {
+        const int beyond = split::column(part) - columns;
+        if (split::column(part) >= layout::columns) return;
+        const __half2 zero = __float2half2_rn(0.0f), t = __float2half2_rn(factor);
+        const __half2 half[2] = {beyond == 0 ? t : zero,
+                                 beyond == 0 ? __halves2half2(__low2half(t), __low2half(zero)) : zero};
+        write(half, part);
+    }
+    __device__ void measure(const float4& v, const __half2 (&half)[2]) {
         const float2 low = __half22float2(half[0]), high = __half22float2(half[1]);
         const float4 e{v.x - low.x, v.y - low.y, v.z - high.x, v.w - high.y};
         square = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, square))));
         residual = fmaf(e.x, e.x, fmaf(e.y, e.y, fmaf(e.z, e.z, fmaf(e.w, e.w, residual))));
-        write(half, part);
     }
     __device__ void write(const __half2 (&half)[2], int part) {
         const int q = split::lane();
@@ -77,65 +114,51 @@ struct row_image {
             operand + (layout::offset(row_results::rows, row, 4 * split::lanes * part) ^ (q >> 1 << 4)) + (q & 1) * 8;
         *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(half);
     }
-
-    /// Writes t into the three columns from `columns` on and zeros behind, as far as part `part` holds them, over
-    /// whatever data `half` holds before.
-    __device__ void close(__half2 (&half)[2], float factor, int columns, int part) {
-        const __half t = __float2half_rn(factor), zero = __float2half_rn(0.0f);
-        __half* out = reinterpret_cast<__half*>(half);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int beyond = split::column(part) + i - columns;
-            if (beyond >= 0) out[i] = beyond < 3 ? t : zero;
-        }
+    /// Adds up what the lanes have seen, once all parts are there. Whether all rows of the warp fit fp16 so.
+    __device__ bool fits() {
+        square = split::row_sum(square);
+        residual = split::row_sum(residual);
+        return __all_sync(0xFFFFFFFFu, square < 0x1p26f);  // false for NaN
     }
 
-    /// The part that holds no data.
-    __device__ void close_after(float factor, int columns, int part) {
-        if (split::column(part) >= layout::columns) return;
-        __half2 half[2];
-        close(half, factor, columns, part);
-        write(half, part);
+    /// The t of a row that did not fit with t = 1; NaN where none does.
+    __device__ float fitting_factor() const {
+        if (square < 0x1p26f) return 1.0f;
+        const bool fits = square < 0x1p72f;  // fp16 holds powers of two down to 2^-24
+        const int exponent = static_cast<int>(__float_as_uint(square) >> 24) - 63;  // |v| < 2^(exponent + 1)
+        return fits ? __int_as_float((127 + 13 - exponent) << 23) : __int_as_float(0x7FC00000);
     }
-
-    /// Any row, at any alignment, part by part; for what is not done faster elsewhere. Rows beyond the last are zeros.
-    /// `centre(column)`: four columns of the centre times the scale, zeros behind the last. Chooses t so that the row
-    /// fits; NaN where none does.
-    template <class X, class Centre>
-    __device__ float convert(const X* x, bool inside, int columns, Centre centre, float scale) {
-        float factor = 1.0f;
-        for (int pass = 0;; ++pass) {
+    /// The whole row, in little code, `Batch` parts at a time; the t that it took. A row that is not `inside` is zeros.
+    /// `vectors`: loads of four serve. `centre(column)`: four columns of the centre times the scale, zeros behind the
+    /// last. `again`: it has been put already, and did not fit.
+    template <int Batch, class X, class Centre>
+    __device__ float put_all(const X* x, bool inside, int columns, bool vectors, Centre centre, float scale,
+                             bool again) {
+        for (float factor = 1.0f;; again = true) {
+            if (again) factor = fitting_factor();
             square = residual = 0;
 #pragma unroll 1
-            for (int s = 0; s < split::parts; ++s) {
-                const int column = split::column(s);
-                if (column >= layout::columns) continue;
-                const float4 v = centred(device::load4(x, column, inside ? columns : 0), scale, centre(column));
-                const float4 u{factor * v.x, factor * v.y, factor * v.z, factor * v.w};
-                put(u, s);
-                if (column + 4 > columns) {
-                    __half2 half[2] = {__floats2half2_rn(u.x, u.y), __floats2half2_rn(u.z, u.w)};
-                    close(half, factor, columns, s);
-                    write(half, s);
+            for (int first = 0; first < split::parts; first += Batch) {
+                float4 v[Batch];
+#pragma unroll
+                for (int i = 0; i < Batch; ++i) v[i] = load_part<Steps>(x, inside ? columns : 0, vectors, first + i);
+#pragma unroll
+                for (int i = 0; i < Batch; ++i) {
+                    if (split::column(first + i) >= layout::columns) continue;
+                    const float4 u = centred(v[i], scale, centre(split::column(first + i)));
+                    put_last({factor * u.x, factor * u.y, factor * u.z, factor * u.w}, factor, columns, first + i);
                 }
             }
-            const float sum = split::row_sum(square);
-            if (__all_sync(0xFFFFFFFFu, pass > 0 || sum < 0x1p26f)) return factor;
-            if (!(sum < 0x1p26f)) {
-                const bool fits = sum < 0x1p72f;  // fp16 holds powers of two down to 2^-24; false for NaN
-                const int exponent = static_cast<int>(__float_as_uint(sum) >> 24) - 63;  // |v| < 2^(exponent + 1)
-                factor = fits ? __int_as_float((127 + 13 - exponent) << 23) : __int_as_float(0x7FC00000);
-            }
+            if (fits() || again) return factor;
         }
     }
 
-    /// What the row's error bound is made of. To be called by all lanes of the row.
-    __device__ row_measure measure(float factor) const {
+    /// What the row's error bound is made of.
+    __device__ row_measure measured(float factor) const {
         // 1.0005 and 1e-17 cover the rounding and the underflow of the sums of squares and of their roots; 2^-23 the
         // rounding of x - centre.
-        const float length = 1.0005f * device::approximate_root(split::row_sum(square)) + 1e-17f;
-        const float rest =
-            1.0005f * device::approximate_root(split::row_sum(residual)) + 1e-17f + 0x1p-23f * length;
+        const float length = 1.0005f * device::approximate_root(square) + 1e-17f;
+        const float rest = 1.0005f * device::approximate_root(residual) + 1e-17f + 0x1p-23f * length;
         return {length, rest, factor};
     }
 };
