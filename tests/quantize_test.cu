@@ -12,6 +12,7 @@
 #include <gtest/gtest.h>
 
 #include "support/device.cuh"
+#include "support/families.cuh"
 #include "support/large.cuh"
 #include "support/oracle.hpp"
 #include "support/random.hpp"
@@ -788,6 +789,22 @@ TEST_F(QuantizeTest, AMillionRowsWhereEveryCodeIsThereTwice) { expect_steady_cod
 
 TEST_F(QuantizeTest, ManyRowsAndCodesOfEveryOperandSize) {
     for (const std::int64_t d : {8, 13, 48, 77, 100, 256, 269}) expect_steady_codes(150001, 2050, d, 4, false);
+}
+
+TEST_F(QuantizeTest, AHundredMillionRowsOfAllFamiliesAgainstFloat64) {
+    constexpr std::int64_t n = 1 << 20, shapes[][2] = {{1000, 8}, {512, 64}, {257, 128}};
+    device_array<std::int32_t> codes(n);
+    for (const family f : families) {
+        for (const auto& [k, d] : shapes) {
+            for (std::uint64_t seed = 100; seed < 500; seed += 100) {
+                const family_batch batch(f, seed, n, k, d);
+                codes.fill(poison);
+                quantize(batch.x(), batch.codebook(), codes.view());
+                ASSERT_EQ(batch.wrong(codes), 0u)
+                    << "family " << static_cast<int>(f) << ", K = " << k << ", D = " << d << ", seed " << seed;
+            }
+        }
+    }
 }
 
 TEST_F(QuantizeTest, ACodeDoesNotDependOnItsPlaceInTheBatch) {

@@ -177,11 +177,14 @@ __device__ double exact_distance(const X* x, const C* code, std::int64_t columns
 template <class X, class C>
 __device__ double exact_distance_alone(const X* x, const C* code, std::int64_t columns) {
     double p[exact_lanes] = {};
+    const bool aligned = columns % 4 == 0 && is_aligned4(x) && is_aligned4(code);
     for (std::int64_t first = 0; first < columns; first += 4 * exact_lanes) {
 #pragma unroll
         for (int j = 0; j < exact_lanes; ++j) {
-            if (first + 4 * j >= columns) break;
-            const float4 a = load4(x, first + 4 * j, columns), b = load4(code, first + 4 * j, columns);
+            const std::int64_t d = first + 4 * j;
+            if (d >= columns) break;
+            const float4 a = aligned ? load4(x + d) : load4(x, d, columns);
+            const float4 b = aligned ? load4(code + d) : load4(code, d, columns);
             add_square(p[j], a.x, b.x);
             add_square(p[j], a.y, b.y);
             add_square(p[j], a.z, b.z);
