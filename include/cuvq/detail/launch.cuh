@@ -84,22 +84,41 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cu
     CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 }
 
+inline cudaLaunchAttribute cluster_attribute(unsigned blocks) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = blocks;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    return attribute;
+}
+
 /// The same for a kernel that may start while the one before it in the stream still runs, in clusters of `cluster`
-/// blocks (of one block too: what goes through a cluster's shared memory wants a cluster), or 0: in none. It must wait for that one by arch::wait_for_predecessor() in every thread, before it reads or writes
-/// anything in global memory.
+/// blocks (of one block too: what goes through a cluster's shared memory wants a cluster), or 0: in none. It must wait
+/// for that one by arch::wait_for_predecessor() in every thread, before it reads or writes anything in global memory.
 template <class... Parameters, class... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
                       std::size_t shared_bytes, unsigned cluster, Arguments&&... arguments) {
     cudaLaunchConfig_t config = launch_config(blocks, threads, stream, shared_bytes);
-    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchAttribute attributes[2] = {{}, cluster_attribute(cluster)};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = cluster;
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     config.attrs = attributes;
     config.numAttrs = cluster > 0 ? 2 : 1;
     CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
+}
+
+/// How many clusters of so many blocks the device holds at once. Clusters of up to 8 any Hopper card takes; of larger
+/// ones this must be asked first.
+template <class... Parameters>
+int clusters_at_once(void (*kernel)(Parameters...), unsigned threads, std::size_t shared_bytes, unsigned cluster) {
+    cudaLaunchConfig_t config = launch_config(cluster, threads, nullptr, shared_bytes);
+    cudaLaunchAttribute attribute = cluster_attribute(cluster);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    CUVQ_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    CUVQ_CHECK_CUDA(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    return clusters;
 }
 
 /// Whether `kernel` has code for Hopper or later cards, and so runs on one: launch_dependent is for such kernels only.

@@ -157,9 +157,11 @@ std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const ke
     while (2 * cluster <= kernel::few_blocks && cluster < tiles &&
            groups * 2 * cluster <= few_room(2 * cluster, processors))
         cluster *= 2;
-    const std::int64_t blocks = groups * cluster;
     allow_shared_bytes(search, kernel::few_shared<Tile>::allocated);
-    CUVQ_CHECK_CUDA(cudaFuncSetAttribute(search, cudaFuncAttributeNonPortableClusterSizeAllowed, cluster > 8));
+    if (cluster > 8 && detail::clusters_at_once(search, kernel::few_threads, kernel::few_shared<Tile>::allocated,
+                                                static_cast<unsigned>(cluster)) < groups)
+        cluster = 8;
+    const std::int64_t blocks = groups * cluster;
     detail::launch_dependent(search, static_cast<unsigned>(blocks), kernel::few_threads, stream,
                              kernel::few_shared<Tile>::allocated, static_cast<unsigned>(cluster), args, scratch.image,
                              tally, static_cast<unsigned>(cluster), exact, kernel::tag_mask);
