@@ -13,8 +13,10 @@
 #include <cuvq/device/image.cuh>
 #include <cuvq/device/nearest_mma.cuh>
 #include <cuvq/dispatch/tuning.cuh>
+#include <cuvq/kernel/outputs.cuh>
 #include <cuvq/kernel/prepare_wide.cuh>
 #include <cuvq/kernel/quantize_mma.cuh>
+#include <cuvq/workspace.hpp>
 
 namespace cuvq::dispatch {
 
@@ -60,29 +62,91 @@ mma_fit fit_mma(std::int64_t dimensions) {
     return {each * processors, static_cast<int>(bytes)};
 }
 
-/// Searches with one tile. Returns how many partial losses it leaves in `tally`; 0, with nothing launched, where the
-/// tile does not fit. `image`: of args.codebook; `fit`: the tile's, for these types and dimensions.
-template <class Tile, class X, class C>
-std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                          const device::image_ref& image, std::int64_t most_blocks, const mma_fit& fit,
-                          cudaStream_t stream) {
-    if (fit.blocks == 0) return 0;
-    const unsigned blocks =
-        detail::blocks_for(args.x.rows, Tile::rows, std::min<std::int64_t>(most_blocks, fit.blocks));
-    detail::launch(kernel::quantize_mma<Tile, X, C>, blocks, Tile::threads, stream,
-                   static_cast<std::size_t>(fit.shared_bytes), args, image, tally);
-    return std::int64_t{blocks} * (Tile::threads / 32);
+/// Scratch memory for a codebook cut into parts.
+struct parts_scratch {
+    std::int64_t rows = 0;  // times parts, at most
+    double* distances = nullptr;
+    int* codes = nullptr;
+};
+
+/// For as many parts as may pay: at most 12 bytes for each row and tile of the codebook, 192 KB, and 1.5 bytes per
+/// element of the codebook.
+inline parts_scratch take_parts(detail::carver& c, const shape& s) {
+    parts_scratch p;
+    if (!has_image(s.codes, s.dimensions)) return p;
+    const std::int64_t most = std::min<std::int64_t>(most_split_rows, s.codes * s.dimensions / 8);
+    if (s.vectors > most / 2 || s.codes <= device::image_tile) return p;
+    p.rows = std::min(most, s.vectors * device::image_ref::tiles(s.codes));
+    p.distances = c.take<double>(p.rows);
+    p.codes = c.take<int>(p.rows);
+    return p;
 }
 
-/// As above, with the tile that suits the device, N and D.
+/// Into how many parts to cut the codebook for a tile's blocks to be done soonest, in at most four waves: the fewest of
+/// those that are. A block's time is one for each of its tiles of codes and half of one beside; choosing among parts
+/// takes another half.
+template <class Tile>
+std::int64_t best_parts(std::int64_t rows, std::int64_t codes, std::int64_t blocks, std::int64_t most_parts) {
+    const std::int64_t groups = (rows - 1) / Tile::rows + 1, tiles = (codes - 1) / Tile::codes + 1;
+    std::int64_t best = 1, least = 0;
+    for (std::int64_t parts = 1; parts <= std::min({tiles, most_parts, 4 * blocks / groups}); ++parts) {
+        const std::int64_t each = (tiles - 1) / parts + 1, waves = (groups * parts - 1) / blocks + 1;
+        const std::int64_t time = waves * (2 * each + 1) + (parts > 1);
+        if (parts > 1 && time >= least) continue;
+        best = parts;
+        least = time;
+    }
+    return best;
+}
+
+/// The codebook in about so many parts of whole tiles of codes, none empty.
+template <class Tile>
+kernel::codebook_parts cut(std::int64_t codes, std::int64_t parts, const parts_scratch& scratch) {
+    const std::int64_t tiles = (codes - 1) / Tile::codes + 1, each = (tiles - 1) / parts + 1;
+    return {(tiles - 1) / each + 1, each * (Tile::codes / device::image_tile), scratch.distances, scratch.codes};
+}
+
+/// Searches with one tile, the codebook in so many parts. Returns how many partial losses it leaves in `tally`; 0, with
+/// nothing launched, where the tile does not fit. `image`: of args.codebook; `fit`: the tile's, for these types and
+/// dimensions; `scratch`: for rows times parts.
+template <class Tile, class X, class C>
+std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                          const device::image_ref& image, const parts_scratch& scratch, std::int64_t wanted_parts,
+                          std::int64_t most_blocks, const mma_fit& fit, cudaStream_t stream) {
+    if (fit.blocks == 0) return 0;
+    const kernel::codebook_parts parts = cut<Tile>(args.codebook.rows, wanted_parts, scratch);
+    const std::int64_t groups = (args.x.rows - 1) / Tile::rows + 1;
+    const unsigned blocks =
+        detail::blocks_for(groups * parts.count, 1, std::min<std::int64_t>(most_blocks, fit.blocks));
+    detail::launch(kernel::quantize_mma<Tile, X, C>, blocks, Tile::threads, stream,
+                   static_cast<std::size_t>(fit.shared_bytes), args, image, tally, parts);
+    if (parts.count == 1) return std::int64_t{blocks} * (Tile::threads / 32);
+    constexpr int warps = kernel::outputs_threads / 32;
+    const auto choose = kernel::choose_part<X, C>;
+    const unsigned choosing = detail::blocks_for(args.x.rows, warps * kernel::choose_rows, most_blocks);
+    detail::launch_next(detail::is_for_hopper(choose), choose, choosing, kernel::outputs_threads, stream, 0, args,
+                        tally, parts);
+    return std::int64_t{choosing} * warps;
+}
+
+/// As above, with the tile that suits the device, N and D, and as many parts as pay.
 template <class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                          const device::image_ref& image, std::int64_t most_blocks, cudaStream_t stream) {
+                          const device::image_ref& image, const parts_scratch& scratch, std::int64_t most_blocks,
+                          cudaStream_t stream) {
+    const std::int64_t rows = args.x.rows, codes = args.codebook.rows;
     const auto search = [&](auto tile, const mma_fit& fit) {
-        return quantize_mma<decltype(tile)>(args, tally, image, most_blocks, fit, stream);
+        using Tile = decltype(tile);
+        const std::int64_t parts = fit.blocks > 0 ? best_parts<Tile>(rows, codes, fit.blocks, scratch.rows / rows) : 1;
+        return quantize_mma<Tile>(args, tally, image, scratch, parts, most_blocks, fit, stream);
     };
     const mma_fit flat = fit_mma<mma_flat, X, C>(args.x.columns);
-    if (args.x.rows <= std::int64_t{flat.blocks} * mma_flat::rows) return search(mma_flat{}, flat);
+    const std::int64_t groups = (rows - 1) / mma_flat::rows + 1, tiles = (codes - 1) / mma_flat::codes + 1;
+    if (groups * tiles < flat.blocks && scratch.rows > rows) {
+        const mma_fit few = fit_mma<mma_few, X, C>(args.x.columns);
+        if (few.blocks > 0) return search(mma_few{}, few);
+    }
+    if (groups <= flat.blocks) return search(mma_flat{}, flat);
     const mma_fit twin = fit_mma<mma_twin, X, C>(args.x.columns), tall = fit_mma<mma_tall, X, C>(args.x.columns);
     if (twin.blocks > 0 && twin.blocks >= 2 * tall.blocks) return search(mma_twin{}, twin);
     if (tall.blocks > 0) return search(mma_tall{}, tall);

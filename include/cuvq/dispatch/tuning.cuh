@@ -60,6 +60,11 @@ using mma_twin = mma_tile<128, 128, 3, false, 2>;    // rows so narrow that two 
 using mma_tall = mma_tile<128, 256, 2, false, 1>;    // wider
 using mma_flat = mma_tile<64, 256, 2, false, 1>;     // wider still, or few rows
 using mma_streamed = mma_tile<64, 256, 2, true, 1>;  // any
+using mma_few = mma_tile<64, 128, 4, false, 1>;      // so few rows that they are to wait for little: short tiles
+
+/// Where the portable search cuts the codebook into parts that blocks search beside each other, for at most so many
+/// rows times parts.
+inline constexpr long long most_split_rows = 1 << 14;
 
 /// Of a search that the CUDA cores may answer before a codebook's image is there: so many tiles of codes and depth, as
 /// simt_tile has them, and rows at most.
