@@ -1,7 +1,7 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// The scores of a block of the search on tensor cores: every code against every row, of which each thread keeps the
-// best it saw.
+// The scores of a block of the search on tensor cores, by instructions that every architecture has from sm_80 on: every
+// code against every row. Threads copy the codes into a ring of buffers and meet after each slab of 64 columns.
 #pragma once
 
 #include <cstdint>
@@ -9,31 +9,11 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/arch/mma_sm80.cuh>
+#include <cuvq/device/mma_leaders.cuh>
 #include <cuvq/device/mma_rows.cuh>
 #include <cuvq/device/mma_shape.cuh>
 
 namespace cuvq::device {
-
-/// What the threads of a row leave for settling it, from one thread: its two best tiles and the best of all that it
-/// dropped.
-struct row_leaders {
-    static constexpr int least = -0x7FFFFFFF;
-    int best = least, best_tile = 0;
-    int next = least, next_tile = 0;
-    int rest = least;
-
-    /// A tile's largest score and its second largest, as integers.
-    __device__ void offer(int score, int runner, int tile) {
-        const bool leads = score > best;
-        const int second = min(score, best), second_tile = leads ? best_tile : tile;
-        best = max(score, best);
-        best_tile = leads ? tile : best_tile;
-        const bool follows = second > next;
-        rest = max(max(rest, runner), min(second, next));
-        next = max(second, next);
-        next_tile = follows ? second_tile : next_tile;
-    }
-};
 
 #if CUVQ_HAS_MMA
 
@@ -150,35 +130,13 @@ struct mma_scoring : mma_rows<Policy, X, C> {
             if (tile * shape::parts + warp_code / image_tile >= image_tiles) continue;  // the last tile is not whole
 #pragma unroll
             for (int r = 0; r < 2 * shape::row_tiles; ++r) {
-                int s[2 * shape::pairs];
-#pragma unroll
-                for (int j = 0; j < 2 * shape::pairs; ++j) {
-                    // The score's bits with its place in the thread in the low ones: (bits & mask) | place.
-                    const int bits = __float_as_int(score[r / 2][j / 2][r % 2 * 2 + j % 2]);
-                    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(s[j]) : "r"(bits), "r"(mask), "r"(j));
-                }
-                int top = max(s[0], s[1]);
-#pragma unroll
-                for (int j = 2; j < 2 * shape::pairs; j += 2) top = __vimax3_s32(top, s[j], s[j + 1]);
-                // The second largest: as unsigned, s - top is 0 for the largest and wraps to the larger, the closer.
-                const unsigned from_top = 0u - static_cast<unsigned>(top);
-                unsigned near[2] = {0, 0};
-#pragma unroll
-                for (int j = 0; j < 2 * shape::pairs; ++j)
-                    near[j % 2] = __viaddmax_u32(static_cast<unsigned>(s[j]), from_top, near[j % 2]);
-                leaders[r].offer(top, static_cast<int>(max(near[0], near[1]) + static_cast<unsigned>(top)), tile);
+                offer_scores<2 * shape::pairs>(
+                    leaders[r], [&](int j) { return score[r / 2][j / 2][r % 2 * 2 + j % 2]; }, mask, tile);
             }
         }
         arch::copy_wait<0>();
         __syncthreads();
-        auto* slots = reinterpret_cast<typename shape::slot*>(memory + shape::slots_at);
-        const int slot = warp / shape::warps_down * 4 + lane % 4;
-#pragma unroll
-        for (int r = 0; r < 2 * shape::row_tiles; ++r) {
-            const row_leaders& l = leaders[r];
-            slots[(warp_row + 8 * r + lane / 4) * shape::slots + slot] = {
-                l.best, code_at(slot, l.best_tile, l.best), l.next, code_at(slot, l.next_tile, l.next), l.rest};
-        }
+        leave_slots(*this, leaders);
         __syncthreads();
     }
 };

@@ -8,7 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/device/certificate.cuh>
-#include <cuvq/device/mma_scoring.cuh>
+#include <cuvq/device/mma_leaders.cuh>
 #include <cuvq/device/mma_shape.cuh>
 
 namespace cuvq::device {
@@ -34,13 +34,16 @@ struct mma_settling : mma_block<Policy, X, C> {
         int* hard_count = words() + shape::hard_count;
         int* candidate_count = words() + shape::candidate_count;
         const unsigned first_lane = static_cast<unsigned>(lane) & 24u, mask = 0xFFu << first_lane;
-        constexpr int per_lane = shape::slots / exact_lanes;
+        constexpr int per_lane = (shape::slots - 1) / exact_lanes + 1;
         for (int r = group; r < rows.rows; r += shape::groups) {
             typename shape::slot mine[per_lane];
             int best = row_leaders::least;
 #pragma unroll
             for (int i = 0; i < per_lane; ++i) {
-                mine[i] = all_slots[r * shape::slots + i * exact_lanes + group_lane];
+                const int slot = i * exact_lanes + group_lane;
+                constexpr int least = row_leaders::least;
+                mine[i] = slot < shape::slots ? all_slots[r * shape::slots + slot]
+                                              : typename shape::slot{least, 0, least, 0, least};
                 best = max(best, mine[i].best);
             }
 #pragma unroll

@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/arch/mma_sm80.cuh>
+#include <cuvq/arch/wgmma_sm90.cuh>
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/device/image.cuh>
 #include <cuvq/device/nearest.cuh>
@@ -21,11 +22,15 @@ namespace cuvq::device {
 inline constexpr std::int64_t most_mma_columns = 1 << 16;
 inline constexpr std::int64_t most_mma_codes = 1 << 30;
 
-/// How a tile's block divides it, and its shared memory, by offsets from an address aligned to 128 bytes.
+/// Whether this compilation has the instructions of a tile's search; without, its kernels are empty.
+template <class Policy>
+inline constexpr bool has_tensor_cores = Policy::warpgroups ? CUVQ_HAS_WGMMA : CUVQ_HAS_MMA;
+
+/// How a tile's block divides it, and its shared memory, by offsets from an address aligned to `alignment`.
 template <class Policy>
 struct mma_shape {
     static constexpr int warps = Policy::threads / 32;
-    static constexpr int warp_codes = 64, warps_across = Policy::codes / warp_codes;
+    static constexpr int warp_codes = Policy::warp_codes, warps_across = Policy::codes / warp_codes;
     static constexpr int warps_down = warps / warps_across, warp_rows = Policy::rows / warps_down;
     static constexpr int row_tiles = warp_rows / 16;  // of 16 rows, of one warp
     static constexpr int pairs = warp_codes / 8;      // of neighbouring codes that a thread holds of a row and tile
@@ -37,7 +42,8 @@ struct mma_shape {
     static_assert(warps_down * warps_across == warps && warps_down * row_tiles * 16 == Policy::rows,
                   "each warp takes a multiple of 16 rows");
     static_assert(16 * Policy::threads == 32 * image_tile, "the narrowest slab is one copy a thread");
-    static_assert(Policy::stages >= 2 && Policy::rows % groups == 0 && slots % exact_lanes == 0 && slots <= 16, "");
+    static_assert(Policy::stages >= 2 && Policy::rows % groups == 0 && slots <= 2 * exact_lanes, "");
+    static_assert(!Policy::warpgroups || (warps_down % 4 == 0 && row_tiles == 1), "warpgroups take 64 rows");
 
     static constexpr int part_bytes = 128 * image_tile, slab_bytes = parts * part_bytes;
     static constexpr int row_slab_bytes = 128 * Policy::rows;
@@ -46,8 +52,12 @@ struct mma_shape {
     static constexpr int open = hard + 4 * Policy::rows;                                    // int [rows]
     static constexpr int choices = open + 4 * Policy::rows;                                 // exact_choice [warps]
     static constexpr int words = choices + warps * static_cast<int>(sizeof(exact_choice));  // int [8]
-    static constexpr int codes = (words + 4 * 8 + 127) / 128 * 128;                         // [stages] slabs of codes
-    static constexpr int rows = codes + Policy::stages * slab_bytes;  // slabs of rows: all, or two
+    static constexpr int barriers = (words + 4 * 8 + 7) / 8 * 8;  // of warpgroups: 8 bytes [stages]
+    static constexpr int readers = barriers + (Policy::warpgroups ? 8 * Policy::stages : 0);  // int [stages]
+    static constexpr int control = readers + (Policy::warpgroups ? 4 * Policy::stages : 0);   // bytes up to here
+    static constexpr int alignment = Policy::warpgroups ? 1024 : 128;
+    static constexpr int codes = (control + alignment - 1) / alignment * alignment;  // [stages] slabs of codes
+    static constexpr int rows = codes + Policy::stages * slab_bytes;                 // slabs of rows: all, or two
 
     /// Which of the words is what; the first four are the codebook's score_bounds.
     static constexpr int hard_count = 4, tag_mask = 5, candidate_count = 6;
@@ -67,6 +77,13 @@ struct mma_shape {
     static constexpr int candidates_at = slots_at + Policy::rows * slots * static_cast<int>(sizeof(slot));
     static_assert(candidates_at + most_candidates * static_cast<int>(sizeof(candidate)) <= rows, "");
     static_assert(Policy::rows <= Policy::threads && Policy::rows <= 256, "");
+
+    /// Least number of dimensions: warpgroups begin with a whole slab.
+    static constexpr int least_columns = Policy::warpgroups ? 62 : 1;
+
+    CUVQ_HOST_DEVICE static constexpr std::int64_t bytes(std::int64_t dimensions) {
+        return rows + (Policy::streamed ? 2 : (dimensions + 2) / 64 + 1) * row_slab_bytes;
+    }
 };
 
 /// Shared memory that a block lends to `nearest` on the tensor cores.
@@ -76,9 +93,16 @@ struct nearest_storage<mma_tile<Rows, Codes, Stages, Streamed, Blocks>> {
 
     /// How much for vectors of so many dimensions.
     CUVQ_HOST_DEVICE static constexpr std::int64_t bytes(std::int64_t dimensions) {
-        using shape = mma_shape<mma_tile<Rows, Codes, Stages, Streamed, Blocks>>;
-        const std::int64_t slabs = Streamed ? 2 : (dimensions + 2) / 64 + 1;
-        return shape::rows + slabs * shape::row_slab_bytes;
+        return mma_shape<mma_tile<Rows, Codes, Stages, Streamed, Blocks>>::bytes(dimensions);
+    }
+};
+template <int Rows, int Codes, int Stages>
+struct nearest_storage<wgmma_tile<Rows, Codes, Stages>> {
+    char* memory;  ///< `bytes(D)` of shared memory, aligned to 1024 bytes
+
+    /// How much for vectors of so many dimensions.
+    CUVQ_HOST_DEVICE static constexpr std::int64_t bytes(std::int64_t dimensions) {
+        return mma_shape<wgmma_tile<Rows, Codes, Stages>>::bytes(dimensions);
     }
 };
 

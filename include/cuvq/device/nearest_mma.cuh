@@ -18,6 +18,7 @@
 #include <cuvq/device/mma_scoring.cuh>
 #include <cuvq/device/mma_settling.cuh>
 #include <cuvq/device/mma_shape.cuh>
+#include <cuvq/device/wgmma_scoring.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::device {
@@ -25,7 +26,8 @@ namespace cuvq::device {
 /// As `nearest` in device/nearest.cuh, on the tensor cores: exact too, and many times as fast. From sm_80 on; compiled
 /// for older architectures it does nothing.
 ///
-/// @tparam Policy  an `mma_tile`, from `dispatch/tuning.cuh` or with your own sizes. The block has Policy::threads
+/// @tparam Policy  an `mma_tile`, or for sm_90a and D >= 62 a `wgmma_tile`, from `dispatch/tuning.cuh` or with your own
+/// sizes. The block has Policy::threads
 ///                 threads in x.
 /// @param storage  shared memory of the caller, usually dynamic: it must not be in use; free again after a barrier.
 /// @param rows     [n x D] vectors, n <= Policy::rows, in shared or global memory, written before the last barrier;
@@ -39,6 +41,7 @@ namespace cuvq::device {
 template <class Policy, class X, class C>
 __device__ void nearest(const nearest_storage<Policy>& storage, const matrix_ref<const X>& rows,
                         const matrix_ref<const C>& codebook, const image_ref& image, std::int64_t* codes) {
+    if constexpr (!has_tensor_cores<Policy>) return;
 #if CUVQ_HAS_MMA
     if (rows.rows == 0) return;
     using shape = mma_shape<Policy>;
@@ -64,7 +67,10 @@ __device__ void nearest(const nearest_storage<Policy>& storage, const matrix_ref
         if (threadIdx.x % 32 == 0) atomicMax(words + i, static_cast<int>(largest));
     }
     __syncthreads();
-    mma_scoring<Policy, X, C>(block).search();
+    if constexpr (!Policy::warpgroups) mma_scoring<Policy, X, C>(block).search();
+#if CUVQ_HAS_WGMMA
+    if constexpr (Policy::warpgroups) wgmma_scoring<Policy, X, C>(block).search();
+#endif
     const mma_settling<Policy, X, C> settle(block);
     settle.settle_rows(codes);
     settle.settle_hard_rows(codes);

@@ -47,13 +47,15 @@ mma_fit fit_mma(std::int64_t dimensions) {
     int device = 0, major = 0, processors = 0, most_bytes = 0, each = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    if (major < 8) return {};
+    if (major < 8 || dimensions < device::mma_shape<Tile>::least_columns) return {};
     // Compiled for an older target, the kernel is empty and made for a warp only.
     cudaFuncAttributes attributes;
     CUVQ_CHECK_CUDA(cudaFuncGetAttributes(&attributes, search));
     if (attributes.maxThreadsPerBlock < Tile::threads) return {};
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    const std::int64_t bytes = device::nearest_storage<Tile>::bytes(dimensions);
+    // The base is aligned by hand beyond 128 bytes.
+    const std::int64_t bytes =
+        device::nearest_storage<Tile>::bytes(dimensions) + device::mma_shape<Tile>::alignment - 128;
     if (bytes + static_cast<std::int64_t>(attributes.sharedSizeBytes) > most_bytes) return {};
     CUVQ_CHECK_CUDA(cudaFuncSetAttribute(search, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));

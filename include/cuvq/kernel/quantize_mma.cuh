@@ -29,15 +29,18 @@ struct codebook_parts {
 /// As `quantize`, on tensor cores: sm_80 and later. Takes the tile's nearest_storage as dynamic shared memory. With
 /// several parts it writes these only, for `choose_part`.
 template <class Policy, class X, class C>
-__global__ __launch_bounds__(CUVQ_HAS_MMA ? Policy::threads : 32,
+__global__ __launch_bounds__(device::has_tensor_cores<Policy> ? Policy::threads : 32,
                              Policy::blocks) void quantize_mma(const __grid_constant__ detail::quantize_args<X, C> a,
                                                                const __grid_constant__ device::image_ref image,
                                                                const __grid_constant__ search_tally tally,
                                                                const __grid_constant__ codebook_parts parts) {
 #if CUVQ_HAS_MMA
+    if constexpr (!device::has_tensor_cores<Policy>) return;
     extern __shared__ __align__(128) char dynamic_shared[];
     __shared__ std::int64_t codes[Policy::rows];
-    const device::nearest_storage<Policy> storage{dynamic_shared};
+    constexpr unsigned alignment = device::mma_shape<Policy>::alignment;
+    const unsigned misaligned = alignment > 128 ? arch::shared_window(dynamic_shared) % alignment : 0;
+    const device::nearest_storage<Policy> storage{dynamic_shared + (misaligned ? alignment - misaligned : 0)};
     double loss = 0;
     const std::int64_t groups = (a.x.rows - 1) / Policy::rows + 1;
     for (std::int64_t turn = blockIdx.x; turn < groups * parts.count; turn += gridDim.x) {
