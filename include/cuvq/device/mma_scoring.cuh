@@ -22,7 +22,8 @@ template <class Policy, class X, class C>
 struct mma_scoring : mma_rows<Policy, X, C> {
     using base = mma_rows<Policy, X, C>;
     using base::columns, base::slabs, base::memory, base::image, base::warp, base::lane, base::each;
-    using base::words, base::image_tiles, base::code_at, base::load, base::centre, base::store, base::convert_rows;
+    using base::words, base::errors, base::image_tiles, base::code_at, base::load, base::centre, base::store,
+        base::convert_rows;
     using typename base::row_share;
     using typename base::shape;
 
@@ -89,9 +90,14 @@ struct mma_scoring : mma_rows<Policy, X, C> {
         const int warp_row = warp % shape::warps_down * shape::warp_rows,
                   warp_code = warp / shape::warps_down * shape::warp_codes;
         const int part_offset = warp_code / image_tile * shape::part_bytes, code_in_part = warp_code % image_tile;
-        // The compiler must not know the mask: else clearing and tagging are two instructions.
         const int mask = *static_cast<volatile int*>(words() + shape::tag_mask);
-        row_leaders leaders[2 * shape::row_tiles];  // of rows 8 r + lane / 4
+        float error[2 * shape::row_tiles] = {};  // of rows 8 r + lane / 4
+        leaders_of<Policy> leaders[2 * shape::row_tiles];
+        if constexpr (shape::kept > 2) {
+            __syncthreads();  // until the bounds are there
+#pragma unroll
+            for (int r = 0; r < 2 * shape::row_tiles; ++r) error[r] = errors()[warp_row + 8 * r + lane / 4];
+        }
         int stage = 0, turn = 0;
         for (int tile = 0; tile < tiles; ++tile) {
             arch::mma_scores<shape::row_tiles, shape::pairs> score;
@@ -130,8 +136,9 @@ struct mma_scoring : mma_rows<Policy, X, C> {
             if (tile * shape::parts + warp_code / image_tile >= image_tiles) continue;  // the last tile is not whole
 #pragma unroll
             for (int r = 0; r < 2 * shape::row_tiles; ++r) {
-                offer_scores<2 * shape::pairs>(
-                    leaders[r], [&](int j) { return score[r / 2][j / 2][r % 2 * 2 + j % 2]; }, mask, tile);
+                const tagged_scores<2 * shape::pairs> scores(
+                    [&](int j) { return score[r / 2][j / 2][r % 2 * 2 + j % 2]; }, mask);
+                offer(leaders[r], scores, tile, error[r]);
             }
         }
         arch::copy_wait<0>();

@@ -34,35 +34,38 @@ struct mma_settling : mma_block<Policy, X, C> {
         int* hard_count = words() + shape::hard_count;
         int* candidate_count = words() + shape::candidate_count;
         const unsigned first_lane = static_cast<unsigned>(lane) & 24u, mask = 0xFFu << first_lane;
-        constexpr int per_lane = (shape::slots - 1) / exact_lanes + 1;
+        constexpr int per_lane = (shape::slots - 1) / exact_lanes + 1, kept = shape::kept;
         for (int r = group; r < rows.rows; r += shape::groups) {
             typename shape::slot mine[per_lane];
-            int best = row_leaders::least;
+            int best = least_score;
 #pragma unroll
             for (int i = 0; i < per_lane; ++i) {
                 const int slot = i * exact_lanes + group_lane;
-                constexpr int least = row_leaders::least;
-                mine[i] = slot < shape::slots ? all_slots[r * shape::slots + slot]
-                                              : typename shape::slot{least, 0, least, 0, least};
-                best = max(best, mine[i].best);
+                if (slot < shape::slots) {
+                    mine[i] = all_slots[r * shape::slots + slot];
+                } else {
+                    mine[i] = {};
+                    for (int& score : mine[i].score) score = least_score;
+                    mine[i].rest = least_score;
+                }
+                best = max(best, mine[i].score[0]);
             }
 #pragma unroll
             for (int step = 1; step < exact_lanes; step *= 2) best = max(best, __shfl_xor_sync(mask, best, step));
-            // A tag moved the two scores by up to 32 units in the last place each.
-            const float score = __int_as_float(best);
-            const float limit = score - 2.0002f * errors()[r] - 0x1.2p-17f * score;
-            const bool decided = limit > 0.0f;  // else integers do not order scores; false for NaN too
-            const int least = decided ? __float_as_int(limit) : 1;
+            const int limit = least_candidate(best, errors()[r]), least = max(limit, 1);
+            const bool decided = limit > 0;
 
-            unsigned firsts[per_lane], seconds[per_lane], slots = 0;
+            unsigned among[per_lane][kept], slots = 0;
             int count = 0;
             bool missed = false;
 #pragma unroll
             for (int i = 0; i < per_lane; ++i) {
-                firsts[i] = __ballot_sync(mask, mine[i].best >= least);
-                seconds[i] = __ballot_sync(mask, mine[i].next >= least);
-                count += __popc(firsts[i]) + __popc(seconds[i]);
-                slots |= firsts[i] >> first_lane << (i * exact_lanes);
+#pragma unroll
+                for (int j = 0; j < kept; ++j) {
+                    among[i][j] = __ballot_sync(mask, mine[i].score[j] >= least);
+                    count += __popc(among[i][j]);
+                }
+                slots |= among[i][0] >> first_lane << (i * exact_lanes);
                 missed = missed || mine[i].rest >= least;
             }
             missed = __any_sync(mask, missed);
@@ -81,19 +84,19 @@ struct mma_settling : mma_block<Policy, X, C> {
                 if (!listed) hard[atomicAdd(hard_count, 1)] = r | (decided ? slots << 8 : 0u);
             }
             if (!listed) continue;
-            const auto list = [&](unsigned among, int code) {
-                if (among >> lane & 1u) {
-                    if (count == 1)
-                        codes[r] = code;
-                    else
-                        candidates[at + __popc(among & ((1u << lane) - 1))] = {0, r, code};
-                }
-                at += __popc(among);
-            };
 #pragma unroll
             for (int i = 0; i < per_lane; ++i) {
-                list(firsts[i], mine[i].best_code);
-                list(seconds[i], mine[i].next_code);
+#pragma unroll
+                for (int j = 0; j < kept; ++j) {
+                    if (among[i][j] >> lane & 1u) {
+                        const int code = mine[i].code[j];
+                        if (count == 1)
+                            codes[r] = code;
+                        else
+                            candidates[at + __popc(among[i][j] & ((1u << lane) - 1))] = {0, r, code};
+                    }
+                    at += __popc(among[i][j]);
+                }
             }
         }
         __syncthreads();

@@ -63,9 +63,12 @@ struct mma_shape {
     static constexpr int hard_count = 4, tag_mask = 5, candidate_count = 6;
 
     // Once all tiles are scored, in place of the slabs of codes:
-    /// What a thread's `row_leaders` become; [rows][slots].
+    /// What a thread leaves of a row: so many scores, the best one first, with their codes, and the best of all that
+    /// it dropped; [rows][slots].
+    static constexpr int kept = Policy::warpgroups || Policy::rows <= 64 ? 5 : 2;  // as many as registers hold
     struct slot {
-        int best, best_code, next, next_code, rest;
+        int score[kept], code[kept];
+        int rest;
     };
     /// A code whose distance decides.
     struct candidate {

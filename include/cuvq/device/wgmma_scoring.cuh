@@ -25,7 +25,7 @@ template <class Policy, class X, class C>
 struct wgmma_scoring : mma_rows<Policy, X, C> {
     using base = mma_rows<Policy, X, C>;
     using base::slabs, base::memory, base::image, base::warp, base::lane, base::each;
-    using base::words, base::image_tiles, base::convert_rows;
+    using base::words, base::errors, base::image_tiles, base::convert_rows;
     using typename base::shape;
 
     __device__ explicit wgmma_scoring(const typename base::block& b) : base(b) {}
@@ -87,7 +87,7 @@ struct wgmma_scoring : mma_rows<Policy, X, C> {
     /// All tiles, with a last slab of `Width` columns. A loop of its own for each width: with branches around the
     /// products their accumulators would be moved about.
     template <int Width>
-    __device__ void score_tiles(walk& next, row_leaders (&leaders)[2]) const {
+    __device__ void score_tiles(walk& next, leaders_of<Policy> (&leaders)[2]) const {
         const int group_row = warp % shape::warps_down / 4 * 64, part = warp / shape::warps_down;
         const int tiles = this->tiles(), image_tiles = this->image_tiles(), whole = slabs - 1;
         const std::uint32_t rows = arch::uniform(arch::operand(memory + shape::rows)),
@@ -96,6 +96,8 @@ struct wgmma_scoring : mma_rows<Policy, X, C> {
                             last_rows =
                                 arch::uniform(rows + ((whole * shape::row_slab_bytes + group_row * 2 * Width) >> 4));
         const int mask = *static_cast<volatile int*>(words() + shape::tag_mask);
+        const int row = warp % shape::warps_down * shape::warp_rows + lane / 4;
+        const float error[2] = {errors()[row], errors()[row + 8]};
         int stage = 0;
         unsigned parity = 0;
         const auto step = [&] {
@@ -132,9 +134,11 @@ struct wgmma_scoring : mma_rows<Policy, X, C> {
             step();
             if (tile * shape::parts + part >= image_tiles) continue;  // the last tile is not whole
 #pragma unroll
-            for (int r = 0; r < 2; ++r)
-                offer_scores<2 * shape::pairs>(
-                    leaders[r], [&](int j) { return score[4 * (j / 2) + 2 * r + j % 2]; }, mask, tile);
+            for (int r = 0; r < 2; ++r) {
+                const tagged_scores<2 * shape::pairs> scores([&](int j) { return score[4 * (j / 2) + 2 * r + j % 2]; },
+                                                             mask);
+                offer(leaders[r], scores, tile, error[r]);
+            }
         }
     }
 
@@ -160,7 +164,7 @@ struct wgmma_scoring : mma_rows<Policy, X, C> {
         ptx::fence_proxy_async(ptx::space_shared);
         __syncthreads();
 
-        row_leaders leaders[2];  // of rows 8 r + lane / 4
+        leaders_of<Policy> leaders[2];  // of rows 8 r + lane / 4
         const int width = image.layout.width(slabs - 1);
         if (width == 64)
             score_tiles<64>(next, leaders);

@@ -136,24 +136,30 @@ template <class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                           const device::image_ref& image, const parts_scratch& scratch, std::int64_t most_blocks,
                           cudaStream_t stream) {
-    const std::int64_t rows = args.x.rows, codes = args.codebook.rows;
+    const std::int64_t rows = args.x.rows, codes = args.codebook.rows, columns = args.x.columns;
     const auto search = [&](auto tile, const mma_fit& fit) {
         using Tile = decltype(tile);
         const std::int64_t parts = fit.blocks > 0 ? best_parts<Tile>(rows, codes, fit.blocks, scratch.rows / rows) : 1;
         return quantize_mma<Tile>(args, tally, image, scratch, parts, most_blocks, fit, stream);
     };
-    const mma_fit flat = fit_mma<mma_flat, X, C>(args.x.columns);
+    const mma_fit flat = fit_mma<mma_flat, X, C>(columns);
     const std::int64_t groups = (rows - 1) / mma_flat::rows + 1, tiles = (codes - 1) / mma_flat::codes + 1;
-    if (groups * tiles < flat.blocks && scratch.rows > rows) {
-        const mma_fit few = fit_mma<mma_few, X, C>(args.x.columns);
+    if (2 * groups * tiles <= flat.blocks && scratch.rows > rows) {
+        const mma_fit few = fit_mma<mma_few, X, C>(columns);
         if (few.blocks > 0) return search(mma_few{}, few);
     }
+    const mma_fit wide = fit_mma<wgmma_flat, X, C>(columns);
+    if (wide.blocks > 0) {
+        const mma_fit tall = fit_mma<wgmma_tall, X, C>(columns);
+        if (groups > wide.blocks && tall.blocks > 0) return search(wgmma_tall{}, tall);
+        return search(wgmma_flat{}, wide);
+    }
     if (groups <= flat.blocks) return search(mma_flat{}, flat);
-    const mma_fit twin = fit_mma<mma_twin, X, C>(args.x.columns), tall = fit_mma<mma_tall, X, C>(args.x.columns);
+    const mma_fit twin = fit_mma<mma_twin, X, C>(columns), tall = fit_mma<mma_tall, X, C>(columns);
     if (twin.blocks > 0 && twin.blocks >= 2 * tall.blocks) return search(mma_twin{}, twin);
     if (tall.blocks > 0) return search(mma_tall{}, tall);
     if (flat.blocks > 0) return search(mma_flat{}, flat);
-    return search(mma_streamed{}, fit_mma<mma_streamed, X, C>(args.x.columns));
+    return search(mma_streamed{}, fit_mma<mma_streamed, X, C>(columns));
 }
 
 }  // namespace cuvq::dispatch
