@@ -139,6 +139,7 @@ std::vector<std::int64_t> expect_exact(const matrix<X>& x, const matrix<C>& code
         expect_same(mma_few{});
         expect_same(wgmma_tall{});
         expect_same(wgmma_flat{});
+        expect_same(wgmma_tile<64, 256, 2>{});
         expect_same(mma_tile<64, 128, 3, false, 1>{});
         expect_same(mma_tile<128, 128, 2, true, 1>{});
         EXPECT_GE(tiles, 2) << "those that stream";
@@ -574,6 +575,7 @@ TEST_F(QuantizeMmaTest, WarpgroupsTenTimes) {
     }
     expect_steady_codes<wgmma_tall>(1 << 20, 1024, 300, 10);
     expect_steady_codes<wgmma_flat>(100001, 1024, 900, 10);
+    expect_steady_codes<wgmma_tile<64, 256, 2>>(50001, 1024, 1100, 10);
 }
 
 }  // namespace

@@ -63,9 +63,9 @@ struct mma_shape {
     static constexpr int hard_count = 4, tag_mask = 5, candidate_count = 6;
 
     // Once all tiles are scored, in place of the slabs of codes:
-    /// What a thread leaves of a row: so many scores, the best one first, with their codes, and the best of all that
-    /// it dropped; [rows][slots].
-    static constexpr int kept = Policy::warpgroups || Policy::rows <= 64 ? 5 : 2;  // as many as registers hold
+    /// What a thread leaves of a row: so many scores, as registers allow, the best one first, with their codes, and
+    /// the best of all that it dropped; [rows][slots].
+    static constexpr int kept = Policy::warpgroups || Policy::rows <= 64 ? 5 : 2;
     struct slot {
         int score[kept], code[kept];
         int rest;

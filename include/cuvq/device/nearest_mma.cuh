@@ -3,10 +3,8 @@
 // The block-level search on tensor cores. The block converts its rows to fp16 once (or slab by slab, again for every
 // tile of codes, where shared memory does not hold them), streams the codebook's image through a ring of buffers, keeps
 // per thread and row the best of its codes, and settles in float64 what the bound of device/certificate.cuh leaves
-// open.
+// open. In this order: mma_shape.cuh, mma_rows.cuh, mma_scoring.cuh or wgmma_scoring.cuh, mma_settling.cuh.
 #pragma once
-
-#include <cstdint>
 
 #include <cstdint>
 
@@ -26,9 +24,8 @@ namespace cuvq::device {
 /// As `nearest` in device/nearest.cuh, on the tensor cores: exact too, and many times as fast. From sm_80 on; compiled
 /// for older architectures it does nothing.
 ///
-/// @tparam Policy  an `mma_tile`, or for sm_90a and D >= 62 a `wgmma_tile`, from `dispatch/tuning.cuh` or with your own
-/// sizes. The block has Policy::threads
-///                 threads in x.
+/// @tparam Policy  an `mma_tile`, or for D >= 62 and code for sm_90a alone a `wgmma_tile`, from `dispatch/tuning.cuh`
+///                 or with your own sizes. The block has Policy::threads threads in x.
 /// @param storage  shared memory of the caller, usually dynamic: it must not be in use; free again after a barrier.
 /// @param rows     [n x D] vectors, n <= Policy::rows, in shared or global memory, written before the last barrier;
 ///                 float, __half or __nv_bfloat16; D <= most_mma_columns.

@@ -1,8 +1,8 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
 // The scores of a block of the search on Hopper's own tensor cores. Slabs of codes come by bulk copies into a ring of
-// buffers; the warp that is last to be done with a buffer has it filled again. So warpgroups meet nowhere, and one can
-// look through its scores while the other's are made.
+// buffers; the warp that is last to be done with a buffer has it filled again. So the warpgroups do not wait for each
+// other, and one can look through its scores while the other's are made.
 #pragma once
 
 #include <cstdint>

@@ -148,11 +148,12 @@ std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel:
         const mma_fit few = fit_mma<mma_few, X, C>(columns);
         if (few.blocks > 0) return search(mma_few{}, few);
     }
-    const mma_fit wide = fit_mma<wgmma_flat, X, C>(columns);
-    if (wide.blocks > 0) {
-        const mma_fit tall = fit_mma<wgmma_tall, X, C>(columns);
-        if (groups > wide.blocks && tall.blocks > 0) return search(wgmma_tall{}, tall);
-        return search(wgmma_flat{}, wide);
+    // On Hopper, by its own instructions.
+    const mma_fit low = fit_mma<wgmma_flat, X, C>(columns);
+    if (low.blocks > 0) {
+        const mma_fit high = fit_mma<wgmma_tall, X, C>(columns);
+        if (groups > low.blocks && high.blocks > 0) return search(wgmma_tall{}, high);
+        return search(wgmma_flat{}, low);
     }
     if (groups <= flat.blocks) return search(mma_flat{}, flat);
     const mma_fit twin = fit_mma<mma_twin, X, C>(columns), tall = fit_mma<mma_tall, X, C>(columns);

@@ -78,7 +78,7 @@ struct wgmma_tile {
     static constexpr int blocks = 1;
 };
 using wgmma_tall = wgmma_tile<128, 128, 4>;
-using wgmma_flat = wgmma_tile<64, 256, 3>;  // wider rows
+using wgmma_flat = wgmma_tile<64, 256, 3>;  // wider rows, or fewer
 
 /// Where the portable search cuts the codebook into parts that blocks search beside each other, for at most so many
 /// rows times parts.
