@@ -3,10 +3,13 @@
 // The portable tensor-core search by itself, whatever `quantize` would choose on this device: every tile, on the
 // images that both kernels make of a codebook.
 #include <cuvq/dispatch/quantize.cuh>
+#include <cuvq/quantize.cuh>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -83,10 +86,15 @@ struct search_memory {
         EXPECT_TRUE(quantized.padding_untouched());
         return {codes.download(), quantized.download(), distances.download(), sum, histogram.download()};
     }
+    /// The codebook in about so many parts, searched by at most so many blocks at once.
     template <class Tile>
-    outputs<X> run_mma(const device_image<C>& image, const dispatch::mma_fit& fit) {
+    outputs<X> run_mma(const device_image<C>& image, const dispatch::mma_fit& fit, std::int64_t parts = 1,
+                       std::int64_t most_blocks = dispatch::most_search_blocks) {
+        const device_array<double> part_distances(parts * x.rows());
+        const device_array<int> part_codes(parts * x.rows());
+        const dispatch::parts_scratch scratch{parts * x.rows(), part_distances.data(), part_codes.data()};
         return run([&](const auto& args, const auto& tally) {
-            return dispatch::quantize_mma<Tile>(args, tally, image.ref(), dispatch::most_search_blocks, fit, nullptr);
+            return dispatch::quantize_mma<Tile>(args, tally, image.ref(), scratch, parts, most_blocks, fit, nullptr);
         });
     }
     outputs<X> run_simt() {
@@ -115,17 +123,25 @@ std::vector<std::int64_t> expect_exact(const matrix<X>& x, const matrix<C>& code
             const auto fit = dispatch::fit_mma<Tile, X, C>(x.columns);
             if (fit.blocks == 0) return;
             ++tiles;
-            const auto got = memory.template run_mma<Tile>(image, fit);
-            const auto name = testing::Message()
-                              << "tile of " << Tile::rows << " rows, " << Tile::codes << " codes, " << Tile::stages
-                              << " stages" << (Tile::streamed ? ", streamed" : "") << (wide ? ", wide" : "");
-            EXPECT_EQ(got.codes, right.codes) << name;
-            EXPECT_TRUE(got == right) << name;
+            for (const std::int64_t parts : {std::int64_t{1}, std::int64_t{3}, (codebook.rows - 1) / Tile::codes + 1}) {
+                if (parts > 1 && codebook.rows <= Tile::codes) continue;
+                const auto got = memory.template run_mma<Tile>(image, fit, parts, parts == 3 ? 2 : 4096);
+                const auto name = testing::Message()
+                                  << "tile of " << Tile::rows << " rows, " << Tile::codes << " codes, " << Tile::stages
+                                  << " stages" << (Tile::streamed ? ", streamed" : "") << (wide ? ", wide" : "") << ", "
+                                  << parts << " parts";
+                EXPECT_EQ(got.codes, right.codes) << name;
+                EXPECT_TRUE(got == right) << name;
+            }
         };
         expect_same(mma_twin{});
         expect_same(mma_tall{});
         expect_same(mma_flat{});
         expect_same(mma_streamed{});
+        expect_same(mma_few{});
+        expect_same(wgmma_tall{});
+        expect_same(wgmma_flat{});
+        expect_same(wgmma_tile<64, 256, 2>{});
         expect_same(mma_tile<64, 128, 3, false, 1>{});
         expect_same(mma_tile<128, 128, 2, true, 1>{});
         EXPECT_GE(tiles, 2) << "those that stream";
@@ -375,6 +391,142 @@ TEST_F(QuantizeMmaSmall, ACodebookWithoutAFiniteRow) {
     }
 }
 
+// ---- parts of the codebook ------------------------------------------------------------------------------------------
+
+TEST_F(QuantizeMmaSmall, EqualCodesInSeveralParts) {
+    // Every row of x has its nearest code in each part of the codebook: the lowest wins.
+    random_source random;
+    for (const std::int64_t d : {7, 300}) {
+        const auto x = random.normals<float>(66, d);
+        auto codebook = random.normals<float>(700, d);
+        std::vector<std::int64_t> lowest(66);
+        for (std::int64_t i = 0; i < 66; ++i) {
+            lowest[i] = 2 * i;
+            for (std::int64_t k = 699 - 2 * i; k >= 0; k -= 131) {
+                lowest[i] = k;
+                for (std::int64_t c = 0; c < d; ++c) codebook(k, c) = x.at(i, c);
+            }
+        }
+        EXPECT_EQ(expect_exact(x, codebook), nearest_codes(x, codebook, distance64));
+    }
+}
+
+TEST_F(QuantizeMmaSmall, PartsWithoutAFiniteCode) {
+    random_source random;
+    for (const std::int64_t d : {5, 290})
+        for (const std::int64_t bad : {0, 1, 2}) {  // which of three times 128 codes
+            auto x = random.normals<float>(70, d);
+            auto codebook = random.normals<float>(384 + (d & 1), d);
+            for (std::int64_t k = 128 * bad; k < 128 * (bad + 1); ++k) codebook(k, k % d) = k % 3 ? nan : inf;
+            x(3, 1) = nan;
+            x(64, 0) = -inf;
+            const auto codes = expect_exact(x, codebook);
+            EXPECT_EQ(codes[3], -1);
+            EXPECT_EQ(codes[64], -1);
+        }
+}
+
+TEST_F(QuantizeMmaSmall, OneRowAndManyParts) {
+    random_source random;
+    for (const std::int64_t d : {3, 512})
+        for (const std::int64_t k : {129, 1000, 2049, 5000})
+            expect_exact(random.normals<float>(1, d), random.normals<float>(k, d));
+}
+
+TEST_F(QuantizeMmaSmall, EveryPartHasCodesAndAllPartsAreAllOfThem) {
+    for (const std::int64_t k : {1, 128, 129, 256, 257, 1000, 1024, 5000, 70000})
+        for (std::int64_t parts = 1; parts < 600; ++parts) {
+            const auto cut = dispatch::cut<mma_few>(k, parts, {});
+            ASSERT_GE(cut.count, 1);
+            ASSERT_LE(cut.count, parts);
+            ASSERT_LT((cut.count - 1) * cut.tiles * device::image_tile, k) << parts;
+            ASSERT_GE(cut.count * cut.tiles * device::image_tile, k) << parts;
+        }
+}
+
+TEST_F(QuantizeMmaTest, AsManyPartsAsKeepTheDeviceBusy) {
+    const auto parts = [](std::int64_t n, std::int64_t k, std::int64_t blocks, std::int64_t most) {
+        return dispatch::best_parts<mma_few>(n, k, blocks, most);
+    };
+    EXPECT_EQ(parts(1, 2048, 132, 16), 16);
+    EXPECT_EQ(parts(64, 8192, 132, 64), 64);
+    EXPECT_EQ(parts(1, 1 << 20, 132, 8192), 131);  // 63 tiles each; 132 would be no faster
+    EXPECT_EQ(parts(1, 128, 132, 1), 1);
+    EXPECT_EQ(parts(132 * 64, 1 << 14, 132, 1), 1);
+    EXPECT_EQ(parts(132 * 64, 1 << 14, 132, 9), 1);
+    EXPECT_EQ(parts(70 * 64, 1 << 14, 132, 0), 1);
+    EXPECT_GT(parts(70 * 64, 1 << 14, 132, 3), 1);
+}
+
+TEST_F(QuantizeMmaTest, FewRowsInParts) {
+    // All of `quantize`: as the shape would have it on a device without a path of its own for this D.
+    random_source random;
+    for (const auto& [n, k, d] : std::vector<std::array<std::int64_t, 3>>{{1, 2048, 512},
+                                                                          {17, 3001, 300},
+                                                                          {64, 8192, 768},
+                                                                          {300, 2050, 271},
+                                                                          {1024, 2048, 512},
+                                                                          {4500, 1500, 400}}) {
+        SCOPED_TRACE(testing::Message() << n << " rows, " << k << " codes, D = " << d);
+        auto x = random.normals<float>(n, d), codebook = random.normals<float>(k, d);
+        for (std::int64_t c = 0; c < d; ++c)
+            codebook(k - 1, c) = codebook(k / 2, c) = codebook(k / 3, c) = x.at(n - 1, c);
+        if (n > 1) x(n / 2, d / 2) = nan;
+        search_memory<float, float> memory(x, codebook, {});
+        const auto right = memory.run_simt();
+        EXPECT_EQ(right.codes.back(), k / 3);
+        const device_image<float> image(memory.codebook_ref());
+        detail::carver measure;
+        dispatch::take_parts(measure, {n, k, d});
+        EXPECT_GT(measure.bytes(), 0u);
+        const device_array<char> bytes(static_cast<std::int64_t>(measure.bytes()));
+        detail::carver carver(bytes.data());
+        const auto scratch = dispatch::take_parts(carver, {n, k, d});
+        for (int run = 0; run < 3; ++run)
+            EXPECT_TRUE(memory.run([&](const auto& args, const auto& tally) {
+                return dispatch::quantize_mma(args, tally, image.ref(), scratch, dispatch::most_search_blocks, nullptr);
+            }) == right);
+
+        device_array<std::int32_t> codes(n);
+        const device_array<step_stats> stats(1);
+        quantize_params params;
+        params.stats = stats.data();
+        const device_workspace ws(quantize_workspace_bytes({n, k, d}, params));
+        const auto eager = [&](cudaStream_t stream) {
+            quantize(memory.x.view(), memory.codebook.view(), codes.view(), memory.quantized.view(),
+                     memory.distances.view(), params, ws.lent(), stream);
+        };
+        codes.fill(poison);
+        eager(nullptr);
+        const auto found = codes.download();
+        const auto told = stats.download();
+        EXPECT_EQ(std::vector<std::int64_t>(found.begin(), found.end()), right.codes);
+        EXPECT_TRUE(same_bits(memory.quantized.download(), right.quantized));
+        EXPECT_TRUE(same_bits(memory.distances.download(), right.distances));
+        EXPECT_EQ(told[0].invalid_rows, n > 1 ? 1 : 0);
+        EXPECT_NEAR(told[0].commitment_loss, right.loss / static_cast<double>((n - (n > 1)) * d),
+                    1e-6 * told[0].commitment_loss);
+        codes.fill(poison);
+        captured_graph(eager).replay();
+        EXPECT_EQ(codes.download(), found);
+        const auto again = stats.download();
+        EXPECT_EQ(std::memcmp(&again[0], &told[0], sizeof(step_stats)), 0);
+    }
+}
+
+TEST_F(QuantizeMmaTest, PartsTakeLittleMemory) {
+    for (const std::int64_t n : {0, 1, 63, 64, 1000, 8192, 8193, 1 << 20})
+        for (const std::int64_t k : {1, 128, 129, 1024, 65536})
+            for (const std::int64_t d : {1, 8, 64, 512, 4096}) {
+                detail::carver c;
+                const auto p = dispatch::take_parts(c, {n, k, d});
+                EXPECT_LE(c.bytes(), 12u * static_cast<std::size_t>(p.rows) + 512u);
+                EXPECT_LE(p.rows, most_split_rows);
+                EXPECT_LE(8 * p.rows, k * d);
+                EXPECT_LE(p.rows, n * ((k - 1) / 128 + 1));
+            }
+}
+
 // ---- many rows ------------------------------------------------------------------------------------------------------
 
 /// Codes of noise, several times over, against those from the CUDA cores.
@@ -392,9 +544,11 @@ void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int run
                    args, kernel::search_tally{});
     const auto right = codes.download();
     const auto fit = dispatch::fit_mma<Tile, float, float>(d);
+    if (fit.blocks == 0) return;
     for (int run = 0; run < runs; ++run) {
         codes.fill(poison);
-        ASSERT_GT(dispatch::quantize_mma<Tile>(args, kernel::search_tally{}, image.ref(), 4096, fit, nullptr), 0);
+        ASSERT_GT(dispatch::quantize_mma<Tile>(args, kernel::search_tally{}, image.ref(), {}, 1, 4096, fit, nullptr),
+                  0);
         const auto got = codes.download();
         std::int64_t wrong = 0;
         for (std::int64_t i = 0; i < n; ++i) wrong += got[i] != right[i];
@@ -414,6 +568,16 @@ TEST_F(QuantizeMmaTest, ManyRowsOfManyWidths) {
         expect_steady_codes<mma_flat>(100001, 2050, d, 3);
         expect_steady_codes<mma_streamed>(50001, 1030, d, 3);
     }
+}
+
+TEST_F(QuantizeMmaTest, WarpgroupsTenTimes) {
+    for (const std::int64_t d : {62, 128, 285, 512}) {
+        expect_steady_codes<wgmma_tall>(200001, 2050, d, 10);
+        expect_steady_codes<wgmma_flat>(200001, 2050, d, 10);
+    }
+    expect_steady_codes<wgmma_tall>(1 << 20, 1024, 300, 10);
+    expect_steady_codes<wgmma_flat>(100001, 1024, 900, 10);
+    expect_steady_codes<wgmma_tile<64, 256, 2>>(50001, 1024, 1100, 10);
 }
 
 }  // namespace

@@ -35,8 +35,9 @@ struct quantize_scratch {
 }  // namespace detail
 
 /// Bytes of workspace that `quantize` takes for this shape and these params: `prepared_codebook_bytes` unless
-/// `params.prepared` is there; for K > 2048, 24 bytes per row but at most 9 MB; with `params.stats`, 8 bytes per code
-/// and 256 KB.
+/// `params.prepared` is there; for K > 2048, 24 bytes per row but at most 9 MB; for up to
+/// 8192 rows, 12 bytes per row and 128 codes but at most 192 KB and 1.5 bytes per element of the codebook; with
+/// `params.stats`, 8 bytes per code and 256 KB.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_params& params = {}) {
     detail::check_shape("quantize_workspace_bytes", s);

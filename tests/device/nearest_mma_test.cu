@@ -4,25 +4,31 @@
 #include <cuvq/device/nearest_mma.cuh>
 
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "support/device.cuh"
 #include "support/image.cuh"
+#include "support/nearest_cases.cuh"
 #include "support/oracle.hpp"
 #include "support/random.hpp"
 
 namespace cuvq::test {
 namespace {
 
+/// Dynamic shared memory from its first address on that suits every policy; `slack` bytes more are asked for.
+inline constexpr std::int64_t slack = 1024 - 128;
+__device__ char* aligned(char* memory) {
+    return memory + (1024 - static_cast<unsigned>(__cvta_generic_to_shared(memory)) % 1024) % 1024;
+}
+
 /// Rows straight from global memory, codes straight to it.
 template <class Policy, class X, class C>
 __global__ __launch_bounds__(Policy::threads) void search_global(matrix_ref<const X> x, matrix_ref<const C> codebook,
                                                                  device::image_ref image, std::int64_t* codes) {
     extern __shared__ __align__(128) char memory[];
-    const device::nearest_storage<Policy> storage{memory};
+    const device::nearest_storage<Policy> storage{aligned(memory)};
     for (std::int64_t first = std::int64_t{blockIdx.x} * Policy::rows; first < x.rows;
          first += std::int64_t{gridDim.x} * Policy::rows) {
         const std::int64_t left = x.rows - first;
@@ -38,8 +44,8 @@ __global__ __launch_bounds__(Policy::threads) void search_shared(matrix_ref<cons
                                                                  device::image_ref image, std::int64_t* codes,
                                                                  int* rows_of_code) {
     extern __shared__ __align__(128) char memory[];
-    const device::nearest_storage<Policy> storage{memory};
-    X* rows = reinterpret_cast<X*>(memory + storage.bytes(x.columns));
+    const device::nearest_storage<Policy> storage{aligned(memory)};
+    X* rows = reinterpret_cast<X*>(storage.memory + storage.bytes(x.columns));
     const int stride = static_cast<int>(x.columns) + 1;
     __shared__ std::int64_t found[Policy::rows];
     for (std::int64_t first = std::int64_t{blockIdx.x} * Policy::rows; first < x.rows;
@@ -84,7 +90,7 @@ std::vector<std::int64_t> from_global(const matrix<X>& x, const matrix<C>& codeb
     const device_matrix<C> centres(codebook, layout);
     const device_image<C> image(ref(centres, layout));
     const device_array<std::int64_t> codes(x.rows);
-    const std::int64_t bytes = device::nearest_storage<Policy>::bytes(x.columns);
+    const std::int64_t bytes = device::nearest_storage<Policy>::bytes(x.columns) + slack;
     EXPECT_TRUE(allow_shared(search_global<Policy, X, C>, bytes));
     search_global<Policy><<<3, Policy::threads, static_cast<std::size_t>(bytes)>>>(
         ref(rows, layout), ref(centres, layout), image.ref(), codes.data());
@@ -100,7 +106,7 @@ std::vector<std::int64_t> from_shared(const matrix<X>& x, const matrix<C>& codeb
     const device_image<C> image(ref(centres));
     const device_array<std::int64_t> codes(x.rows);
     const device_array<int> rows_of_code(std::vector<int>(static_cast<std::size_t>(codebook.rows)));
-    const std::int64_t bytes = device::nearest_storage<Policy>::bytes(x.columns) +
+    const std::int64_t bytes = device::nearest_storage<Policy>::bytes(x.columns) + slack +
                                static_cast<std::int64_t>(sizeof(X)) * Policy::rows * (x.columns + 1);
     EXPECT_TRUE(allow_shared(search_shared<Policy, X, C>, bytes));
     search_shared<Policy><<<3, Policy::threads, static_cast<std::size_t>(bytes)>>>(ref(rows), ref(centres), image.ref(),
@@ -118,26 +124,50 @@ using small_tile = mma_tile<64, 128, 2, false, 1>;
 using small_streamed_tile = mma_tile<64, 128, 2, true, 1>;
 
 /// The codes, whatever the policy.
-template <class X, class C>
-void expect_equal_codes(const matrix<X>& x, const matrix<C>& codebook) {
-    SCOPED_TRACE(testing::Message() << x.rows << " rows, " << codebook.rows << " codes, D = " << x.columns);
-    const auto codes = from_global<small_tile>(x, codebook);
-    EXPECT_TRUE(codes_are_nearest(x, codebook, codes));
-    EXPECT_EQ(codes, nearest_codes(x, codebook, ordered_distance64));
-    EXPECT_EQ(codes, (from_global<small_streamed_tile>(x, codebook, awkward)));
-    EXPECT_EQ(codes, (from_shared<small_tile>(x, codebook)));
-    EXPECT_EQ(codes, (from_shared<small_streamed_tile>(x, codebook)));
-}
+struct on_tensor_cores {
+    using fixture = mma_test;
+    static constexpr std::int64_t columns[] = {1, 3, 4, 17, 64, 101, 130};
+
+    template <class X, class C>
+    static void expect_equal_codes(const matrix<X>& x, const matrix<C>& codebook) {
+        SCOPED_TRACE(testing::Message() << x.rows << " rows, " << codebook.rows << " codes, D = " << x.columns);
+        const auto codes = from_global<small_tile>(x, codebook);
+        EXPECT_TRUE(codes_are_nearest(x, codebook, codes));
+        EXPECT_EQ(codes, nearest_codes(x, codebook, ordered_distance64));
+        EXPECT_EQ(codes, (from_global<small_streamed_tile>(x, codebook, awkward)));
+        EXPECT_EQ(codes, (from_shared<small_tile>(x, codebook)));
+        EXPECT_EQ(codes, (from_shared<small_streamed_tile>(x, codebook)));
+    }
+};
+INSTANTIATE_TYPED_TEST_SUITE_P(TensorCores, NearestCasesSmall, on_tensor_cores);
+
+/// Its own instructions are for one architecture only.
+struct on_hopper {
+    class fixture : public mma_test {
+    protected:
+        void SetUp() override {
+            mma_test::SetUp();
+            int major = 0;
+            if (!IsSkipped()) check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+            if (!IsSkipped() && major != 9) GTEST_SKIP() << "no tensor cores of sm_90a";
+        }
+    };
+    static constexpr std::int64_t columns[] = {62, 64, 101, 125, 130};
+
+    template <class X, class C>
+    static void expect_equal_codes(const matrix<X>& x, const matrix<C>& codebook) {
+        SCOPED_TRACE(testing::Message() << x.rows << " rows, " << codebook.rows << " codes, D = " << x.columns);
+        const auto codes = from_global<wgmma_tall>(x, codebook);
+        EXPECT_TRUE(codes_are_nearest(x, codebook, codes));
+        EXPECT_EQ(codes, nearest_codes(x, codebook, ordered_distance64));
+        EXPECT_EQ(codes, (from_global<wgmma_flat>(x, codebook, awkward)));
+        EXPECT_EQ(codes, (from_shared<wgmma_tile<64, 256, 2>>(x, codebook)));
+        EXPECT_EQ(codes, (from_shared<wgmma_tile<128, 128, 2>>(x, codebook)));
+    }
+};
+INSTANTIATE_TYPED_TEST_SUITE_P(Hopper, NearestCasesSmall, on_hopper);
 
 class NearestMmaSmall : public mma_test {};
-
-TEST_F(NearestMmaSmall, NormalDataInShapesThatFillNoTile) {
-    random_source random;
-    for (const std::int64_t d : {1, 3, 4, 17, 64, 101})
-        for (const std::int64_t n : {1, 9, 70, 200})
-            expect_equal_codes(random.normals<float>(n, d), random.normals<float>(d == 17 ? 300 : 133, d));
-    expect_equal_codes(random.normals<float>(300, 8), random.normals<float>(1, 8));
-}
 
 TEST_F(NearestMmaSmall, TheLibrarysOwnTiles) {
     random_source random;
@@ -150,37 +180,6 @@ TEST_F(NearestMmaSmall, TheLibrarysOwnTiles) {
     EXPECT_EQ(codes, (from_global<mma_twin>(x, codebook)));
     EXPECT_EQ(codes, (from_global<mma_tall>(x, codebook)));
     EXPECT_EQ(codes, (from_global<mma_flat>(x, codebook)));
-}
-
-TEST_F(NearestMmaSmall, TiesNanAndRowsThatTheFilterCannotTellApart) {
-    random_source random;
-    auto x = random.integers<float>(90, 5, -2, 2);
-    auto codebook = random.integers<float>(200, 5, -2, 2);
-    for (std::int64_t k = 50; k < 90; ++k)
-        for (std::int64_t d = 0; d < 5; ++d) codebook(k, d) = codebook.at(3, d);
-    x(4, 4) = std::numeric_limits<float>::quiet_NaN();
-    codebook(0, 1) = std::numeric_limits<float>::infinity();
-    expect_equal_codes(x, codebook);
-
-    const auto base = random.normals<float>(1, 30);
-    const auto near = [&](std::int64_t rows) {
-        return matrix<float>::generate(
-            rows, 30, [&](auto, auto d) { return base.at(0, d) * (1 + 0x1p-22f * random.integer(-2, 2)); });
-    };
-    expect_equal_codes(near(66), near(150));
-    expect_equal_codes(random.normals<float>(66, 30), near(150));
-}
-
-TEST_F(NearestMmaSmall, ACodebookWithoutAFiniteRow) {
-    random_source random;
-    const matrix<float> codebook(20, 3, std::numeric_limits<float>::quiet_NaN());
-    EXPECT_EQ(from_shared<small_tile>(random.normals<float>(140, 3), codebook), std::vector<std::int64_t>(140, -1));
-}
-
-TEST_F(NearestMmaSmall, HalfRowsAndFloatCodebook) {
-    random_source random;
-    expect_equal_codes(random.normals<__half>(80, 20), random.normals<float>(160, 20));
-    expect_equal_codes(random.normals<__nv_bfloat16>(80, 130), random.normals<__nv_bfloat16>(160, 130));
 }
 
 }  // namespace

@@ -4,12 +4,12 @@
 #include <cuvq/device/nearest.cuh>
 
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "support/device.cuh"
+#include "support/nearest_cases.cuh"
 #include "support/oracle.hpp"
 #include "support/random.hpp"
 
@@ -112,25 +112,23 @@ std::vector<std::int64_t> from_shared(const matrix<X>& x, const matrix<C>& codeb
 }
 
 /// The codes, whatever the policy.
-template <class X, class C>
-void expect_equal_codes(const matrix<X>& x, const matrix<C>& codebook) {
-    const auto codes = from_global<simt_tile>(x, codebook);
-    EXPECT_TRUE(codes_are_nearest(x, codebook, codes));
-    EXPECT_EQ(codes, nearest_codes(x, codebook, ordered_distance64));
-    EXPECT_EQ(codes, from_global<narrow_tile>(x, codebook, awkward));
-    EXPECT_EQ(codes, from_shared<simt_tile>(x, codebook));
-    EXPECT_EQ(codes, from_shared<tall_tile>(x, codebook));
-}
+struct on_cuda_cores {
+    using fixture = gpu_test;
+    static constexpr std::int64_t columns[] = {1, 3, 4, 17, 32, most_columns};
+
+    template <class X, class C>
+    static void expect_equal_codes(const matrix<X>& x, const matrix<C>& codebook) {
+        const auto codes = from_global<simt_tile>(x, codebook);
+        EXPECT_TRUE(codes_are_nearest(x, codebook, codes));
+        EXPECT_EQ(codes, nearest_codes(x, codebook, ordered_distance64));
+        EXPECT_EQ(codes, from_global<narrow_tile>(x, codebook, awkward));
+        EXPECT_EQ(codes, from_shared<simt_tile>(x, codebook));
+        EXPECT_EQ(codes, from_shared<tall_tile>(x, codebook));
+    }
+};
+INSTANTIATE_TYPED_TEST_SUITE_P(CudaCores, NearestCasesSmall, on_cuda_cores);
 
 class NearestSmall : public gpu_test {};
-
-TEST_F(NearestSmall, NormalDataInShapesThatFillNoTile) {
-    random_source random;
-    for (const std::int64_t d : {1, 3, 4, 17, 32, 40})
-        for (const std::int64_t n : {1, 9, 70})
-            expect_equal_codes(random.normals<float>(n, d), random.normals<float>(d == 17 ? 200 : 33, d));
-    expect_equal_codes(random.normals<float>(300, 8), random.normals<float>(1, 8));
-}
 
 TEST_F(NearestSmall, TheFlatTileAndAStaticNumberOfColumns) {
     random_source random;
@@ -138,36 +136,6 @@ TEST_F(NearestSmall, TheFlatTileAndAStaticNumberOfColumns) {
     const auto codes = from_global<simt_tile>(x, codebook);
     EXPECT_EQ(codes, (from_global<flat_tile>(x, codebook)));
     EXPECT_EQ(codes, (from_global<simt_tile, 24>(x, codebook)));
-}
-
-TEST_F(NearestSmall, TiesNanAndRowsThatTheFilterCannotTellApart) {
-    random_source random;
-    auto x = random.integers<float>(90, 5, -2, 2);
-    auto codebook = random.integers<float>(100, 5, -2, 2);
-    for (std::int64_t k = 50; k < 90; ++k)
-        for (std::int64_t d = 0; d < 5; ++d) codebook(k, d) = codebook.at(3, d);
-    x(4, 4) = std::numeric_limits<float>::quiet_NaN();
-    codebook(0, 1) = std::numeric_limits<float>::infinity();
-    expect_equal_codes(x, codebook);
-
-    const auto base = random.normals<float>(1, 30);
-    const auto near = [&](std::int64_t rows) {
-        return matrix<float>::generate(
-            rows, 30, [&](auto, auto d) { return base.at(0, d) * (1 + 0x1p-22f * random.integer(-2, 2)); });
-    };
-    expect_equal_codes(near(66), near(150));
-    expect_equal_codes(random.normals<float>(66, 30), near(150));
-}
-
-TEST_F(NearestSmall, ACodebookWithoutAFiniteRow) {
-    random_source random;
-    const matrix<float> codebook(20, 3, std::numeric_limits<float>::quiet_NaN());
-    EXPECT_EQ(from_shared<simt_tile>(random.normals<float>(40, 3), codebook), std::vector<std::int64_t>(40, -1));
-}
-
-TEST_F(NearestSmall, HalfRowsAndFloatCodebook) {
-    random_source random;
-    expect_equal_codes(random.normals<__half>(80, 20), random.normals<float>(60, 20));
 }
 
 }  // namespace

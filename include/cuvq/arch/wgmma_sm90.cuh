@@ -63,6 +63,11 @@ __device__ inline std::uint32_t shared_address(const void* p) {
     return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
+/// Ends the life of a barrier in shared memory, so that its place can be used otherwise, for another barrier too.
+__device__ inline void discard_barrier(std::uint64_t* barrier) {
+    asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 /// Registers per thread from here on, for whole warpgroups: more of them where others have given theirs up.
 template <int Registers>
 __device__ void more_registers() {
@@ -76,6 +81,11 @@ __device__ void fewer_registers() {
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+/// Waits until at most `Groups` committed groups are under way.
+template <int Groups>
+__device__ void wgmma_wait_but() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Groups) : "memory");
+}
 
 /// d (64 x 128, float) = rows (64 x 16) * codes (16 x 128), added onto d if `add`. Thread t of the warpgroup holds in
 /// d[4 j + 2 h + b] row 16 (t / 32) + 8 h + t % 32 / 4, code 8 j + 2 (t % 4) + b.
@@ -127,6 +137,23 @@ __device__ void wgmma_scores(float (&d)[64], std::uint32_t rows, std::uint32_t c
         wgmma_64x128x16(d, high | (rows + (layout::step_offset(64, step) >> 4)),
                         high | (codes + (layout::step_offset(128, step) >> 4)), step > 0);
     }
+}
+
+/// Starts d (64 x 128, float) = rows * codes of one slab of `Width` columns, added onto d if `add`; the caller fences
+/// before, commits and waits after. `rows` and `codes`: from `operand`, of the slab's, uniform.
+template <int Width>
+__device__ void wgmma_slab(float (&d)[64], std::uint32_t rows, std::uint32_t codes, bool add) {
+    constexpr std::uint32_t swizzle = Width == 64 ? 1 : Width == 32 ? 2 : 3;
+    constexpr std::uint64_t high = std::uint64_t{(swizzle << 30) | (8 * 2 * Width >> 4)} << 32;
+#pragma unroll
+    for (int step = 0; step < Width / 16; ++step)
+        wgmma_64x128x16(d, high | (rows + 2 * step), high | (codes + 2 * step), add || step > 0);
+}
+
+/// What waited for a tile of scores reads it after this: the compiler moves no use of it to before.
+__device__ inline void wgmma_done(float (&d)[64]) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #endif  // CUVQ_HAS_WGMMA

@@ -28,6 +28,10 @@ struct image_ref {
     CUVQ_HOST_DEVICE static constexpr std::int64_t parts(std::int64_t codes) {
         return tiles(codes) * (image_tile / image_part);
     }
+    /// The image of the codes from tile `tile` on, as that of a codebook of its own.
+    CUVQ_HOST_DEVICE image_ref from_tile(std::int64_t tile) const {
+        return {centre, scale, bounds + parts(1) * tile, rows + tile * image_tile * layout.row_bytes(), layout};
+    }
 };
 
 }  // namespace cuvq::device

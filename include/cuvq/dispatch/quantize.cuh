@@ -92,6 +92,7 @@ inline kernel::codebook_image take_image(detail::carver& c, std::int64_t codes, 
 struct search_scratch {
     kernel::codebook_image image{};
     kernel::rows_aside aside{};
+    parts_scratch parts{};
     bool prepared = false;
 
     search_scratch(detail::carver& c, const shape& s, const prepared_codebook& from) {
@@ -99,6 +100,7 @@ struct search_scratch {
             use(from, s.codes, s.dimensions);
         else
             image = take_image(c, s.codes, s.dimensions);
+        parts = take_parts(c, s);
         if (s.codes <= aside_from_codes) return;
         // A segment per warp that writes codes, on as many processors as are provided for: 24 bytes per row in all.
         const std::int64_t groups = (s.vectors + kernel::row_results::rows - 1) / kernel::row_results::rows;
@@ -217,7 +219,7 @@ std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel:
     const device::image_ref image{i.centre, i.scale, i.bounds, i.rows, image_layout(args.x.columns)};
     if (fit_mma<mma_streamed, X, C>(args.x.columns).blocks == 0) return 0;
     if (!scratch.prepared) prepare<D>(args.codebook, i, stream);
-    return quantize_mma(args, tally, image, most_search_blocks, stream);
+    return quantize_mma(args, tally, image, scratch.parts, most_search_blocks, stream);
 }
 
 /// Launches the search; returns how many partial losses it leaves in `tally`. Not `exact`: a path that has a faster

@@ -13,8 +13,10 @@
 #include <cuvq/device/image.cuh>
 #include <cuvq/device/nearest_mma.cuh>
 #include <cuvq/dispatch/tuning.cuh>
+#include <cuvq/kernel/outputs.cuh>
 #include <cuvq/kernel/prepare_wide.cuh>
 #include <cuvq/kernel/quantize_mma.cuh>
+#include <cuvq/workspace.hpp>
 
 namespace cuvq::dispatch {
 
@@ -45,13 +47,15 @@ mma_fit fit_mma(std::int64_t dimensions) {
     int device = 0, major = 0, processors = 0, most_bytes = 0, each = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    if (major < 8) return {};
+    if (major < 8 || dimensions < device::mma_shape<Tile>::least_columns) return {};
     // Compiled for an older target, the kernel is empty and made for a warp only.
     cudaFuncAttributes attributes;
     CUVQ_CHECK_CUDA(cudaFuncGetAttributes(&attributes, search));
     if (attributes.maxThreadsPerBlock < Tile::threads) return {};
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    const std::int64_t bytes = device::nearest_storage<Tile>::bytes(dimensions);
+    // The base is aligned by hand beyond 128 bytes.
+    const std::int64_t bytes =
+        device::nearest_storage<Tile>::bytes(dimensions) + device::mma_shape<Tile>::alignment - 128;
     if (bytes + static_cast<std::int64_t>(attributes.sharedSizeBytes) > most_bytes) return {};
     CUVQ_CHECK_CUDA(cudaFuncSetAttribute(search, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
@@ -60,34 +64,103 @@ mma_fit fit_mma(std::int64_t dimensions) {
     return {each * processors, static_cast<int>(bytes)};
 }
 
-/// Searches with one tile. Returns how many partial losses it leaves in `tally`; 0, with nothing launched, where the
-/// tile does not fit. `image`: of args.codebook; `fit`: the tile's, for these types and dimensions.
-template <class Tile, class X, class C>
-std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                          const device::image_ref& image, std::int64_t most_blocks, const mma_fit& fit,
-                          cudaStream_t stream) {
-    if (fit.blocks == 0) return 0;
-    const unsigned blocks =
-        detail::blocks_for(args.x.rows, Tile::rows, std::min<std::int64_t>(most_blocks, fit.blocks));
-    detail::launch(kernel::quantize_mma<Tile, X, C>, blocks, Tile::threads, stream,
-                   static_cast<std::size_t>(fit.shared_bytes), args, image, tally);
-    return std::int64_t{blocks} * (Tile::threads / 32);
+/// Scratch memory for a codebook cut into parts.
+struct parts_scratch {
+    std::int64_t rows = 0;  // times parts, at most
+    double* distances = nullptr;
+    int* codes = nullptr;
+};
+
+/// For as many parts as may pay: at most 12 bytes for each row and tile of the codebook, 192 KB, and 1.5 bytes per
+/// element of the codebook.
+inline parts_scratch take_parts(detail::carver& c, const shape& s) {
+    parts_scratch p;
+    if (!has_image(s.codes, s.dimensions)) return p;
+    const std::int64_t most = std::min<std::int64_t>(most_split_rows, s.codes * s.dimensions / 8);
+    if (s.vectors > most / 2 || s.codes <= device::image_tile) return p;
+    p.rows = std::min(most, s.vectors * device::image_ref::tiles(s.codes));
+    p.distances = c.take<double>(p.rows);
+    p.codes = c.take<int>(p.rows);
+    return p;
 }
 
-/// As above, with the tile that suits the device, N and D.
+/// Into how many parts to cut the codebook for a tile's blocks to be done soonest, in at most four waves: the fewest of
+/// those that are. A block's time is one for each of its tiles of codes and half of one beside; choosing among parts
+/// takes another half.
+template <class Tile>
+std::int64_t best_parts(std::int64_t rows, std::int64_t codes, std::int64_t blocks, std::int64_t most_parts) {
+    const std::int64_t groups = (rows - 1) / Tile::rows + 1, tiles = (codes - 1) / Tile::codes + 1;
+    std::int64_t best = 1, least = 0;
+    for (std::int64_t parts = 1; parts <= std::min({tiles, most_parts, 4 * blocks / groups}); ++parts) {
+        const std::int64_t each = (tiles - 1) / parts + 1, waves = (groups * parts - 1) / blocks + 1;
+        const std::int64_t time = waves * (2 * each + 1) + (parts > 1);
+        if (parts > 1 && time >= least) continue;
+        best = parts;
+        least = time;
+    }
+    return best;
+}
+
+/// The codebook in about so many parts of whole tiles of codes, none empty.
+template <class Tile>
+kernel::codebook_parts cut(std::int64_t codes, std::int64_t parts, const parts_scratch& scratch) {
+    const std::int64_t tiles = (codes - 1) / Tile::codes + 1, each = (tiles - 1) / parts + 1;
+    return {(tiles - 1) / each + 1, each * (Tile::codes / device::image_tile), scratch.distances, scratch.codes};
+}
+
+/// Searches with one tile, the codebook in so many parts. Returns how many partial losses it leaves in `tally`; 0, with
+/// nothing launched, where the tile does not fit. `image`: of args.codebook; `fit`: the tile's, for these types and
+/// dimensions; `scratch`: for rows times parts.
+template <class Tile, class X, class C>
+std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                          const device::image_ref& image, const parts_scratch& scratch, std::int64_t wanted_parts,
+                          std::int64_t most_blocks, const mma_fit& fit, cudaStream_t stream) {
+    if (fit.blocks == 0) return 0;
+    const kernel::codebook_parts parts = cut<Tile>(args.codebook.rows, wanted_parts, scratch);
+    const std::int64_t groups = (args.x.rows - 1) / Tile::rows + 1;
+    const unsigned blocks =
+        detail::blocks_for(groups * parts.count, 1, std::min<std::int64_t>(most_blocks, fit.blocks));
+    detail::launch(kernel::quantize_mma<Tile, X, C>, blocks, Tile::threads, stream,
+                   static_cast<std::size_t>(fit.shared_bytes), args, image, tally, parts);
+    if (parts.count == 1) return std::int64_t{blocks} * (Tile::threads / 32);
+    constexpr int warps = kernel::outputs_threads / 32;
+    const auto choose = kernel::choose_part<X, C>;
+    const unsigned choosing = detail::blocks_for(args.x.rows, warps * kernel::choose_rows, most_blocks);
+    detail::launch_next(detail::is_for_hopper(choose), choose, choosing, kernel::outputs_threads, stream, 0, args,
+                        tally, parts);
+    return std::int64_t{choosing} * warps;
+}
+
+/// As above, with the tile that suits the device, N and D, and as many parts as pay.
 template <class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                          const device::image_ref& image, std::int64_t most_blocks, cudaStream_t stream) {
+                          const device::image_ref& image, const parts_scratch& scratch, std::int64_t most_blocks,
+                          cudaStream_t stream) {
+    const std::int64_t rows = args.x.rows, codes = args.codebook.rows, columns = args.x.columns;
     const auto search = [&](auto tile, const mma_fit& fit) {
-        return quantize_mma<decltype(tile)>(args, tally, image, most_blocks, fit, stream);
+        using Tile = decltype(tile);
+        const std::int64_t parts = fit.blocks > 0 ? best_parts<Tile>(rows, codes, fit.blocks, scratch.rows / rows) : 1;
+        return quantize_mma<Tile>(args, tally, image, scratch, parts, most_blocks, fit, stream);
     };
-    const mma_fit flat = fit_mma<mma_flat, X, C>(args.x.columns);
-    if (args.x.rows <= std::int64_t{flat.blocks} * mma_flat::rows) return search(mma_flat{}, flat);
-    const mma_fit twin = fit_mma<mma_twin, X, C>(args.x.columns), tall = fit_mma<mma_tall, X, C>(args.x.columns);
+    const mma_fit flat = fit_mma<mma_flat, X, C>(columns);
+    const std::int64_t groups = (rows - 1) / mma_flat::rows + 1, tiles = (codes - 1) / mma_flat::codes + 1;
+    if (2 * groups * tiles <= flat.blocks && scratch.rows > rows) {
+        const mma_fit few = fit_mma<mma_few, X, C>(columns);
+        if (few.blocks > 0) return search(mma_few{}, few);
+    }
+    // On Hopper, by its own instructions.
+    const mma_fit low = fit_mma<wgmma_flat, X, C>(columns);
+    if (low.blocks > 0) {
+        const mma_fit high = fit_mma<wgmma_tall, X, C>(columns);
+        if (groups > low.blocks && high.blocks > 0) return search(wgmma_tall{}, high);
+        return search(wgmma_flat{}, low);
+    }
+    if (groups <= flat.blocks) return search(mma_flat{}, flat);
+    const mma_fit twin = fit_mma<mma_twin, X, C>(columns), tall = fit_mma<mma_tall, X, C>(columns);
     if (twin.blocks > 0 && twin.blocks >= 2 * tall.blocks) return search(mma_twin{}, twin);
     if (tall.blocks > 0) return search(mma_tall{}, tall);
     if (flat.blocks > 0) return search(mma_flat{}, flat);
-    return search(mma_streamed{}, fit_mma<mma_streamed, X, C>(args.x.columns));
+    return search(mma_streamed{}, fit_mma<mma_streamed, X, C>(columns));
 }
 
 }  // namespace cuvq::dispatch

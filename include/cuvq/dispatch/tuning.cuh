@@ -55,9 +55,11 @@ inline constexpr int skip_tiles = 24;
 /// for `blocks` blocks on a multiprocessor.
 template <int Rows, int Codes, int Stages, bool Streamed, int Blocks>
 struct mma_tile {
+    static constexpr bool warpgroups = false;
     static constexpr int threads = 256;
     static constexpr int rows = Rows;
     static constexpr int codes = Codes;
+    static constexpr int warp_codes = 64;  // of a warp at a time
     static constexpr int stages = Stages;
     static constexpr bool streamed = Streamed;
     static constexpr int blocks = Blocks;
@@ -66,6 +68,27 @@ using mma_twin = mma_tile<128, 128, 3, false, 2>;    // rows so narrow that two 
 using mma_tall = mma_tile<128, 256, 2, false, 1>;    // wider
 using mma_flat = mma_tile<64, 256, 2, false, 1>;     // wider still, or few rows
 using mma_streamed = mma_tile<64, 256, 2, true, 1>;  // any
+using mma_few = mma_tile<64, 128, 4, false, 1>;      // so few rows that they are to wait for little: short tiles
+
+/// The same by Hopper's own instructions, for sm_90a only: two warpgroups score 64 rows times 128 codes each, one below
+/// the other (128 rows, 128 codes) or side by side (64, 256).
+template <int Rows, int Codes, int Stages>
+struct wgmma_tile {
+    static constexpr bool warpgroups = true;
+    static constexpr int threads = 256;
+    static constexpr int rows = Rows;
+    static constexpr int codes = Codes;
+    static constexpr int warp_codes = 128;
+    static constexpr int stages = Stages;
+    static constexpr bool streamed = false;
+    static constexpr int blocks = 1;
+};
+using wgmma_tall = wgmma_tile<128, 128, 4>;
+using wgmma_flat = wgmma_tile<64, 256, 3>;  // wider rows, or fewer
+
+/// Where the portable search cuts the codebook into parts that blocks search beside each other, for at most so many
+/// rows times parts.
+inline constexpr long long most_split_rows = 1 << 14;
 
 /// Of a search that the CUDA cores may answer before a codebook's image is there: so many tiles of codes and depth, as
 /// simt_tile has them, and rows at most.

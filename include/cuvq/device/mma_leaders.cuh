@@ -1,0 +1,153 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+//
+// What the threads of a block of the search on tensor cores keep of the scores they see.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include <cuda_runtime.h>
+
+#include <cuvq/arch/mma_sm80.cuh>
+#include <cuvq/device/mma_shape.cuh>
+
+namespace cuvq::device {
+
+/// Below every score.
+inline constexpr int least_score = -0x7FFFFFFF;
+
+/// The two best tiles of a row in one thread, by their best scores, and the best of all that it dropped.
+struct row_leaders {
+    int best = least_score, best_tile = 0;
+    int next = least_score, next_tile = 0;
+    int rest = least_score;
+
+    /// A tile's largest score and its second largest, as integers.
+    __device__ void offer(int score, int runner, int tile) {
+        const bool leads = score > best;
+        const int second = min(score, best), second_tile = leads ? best_tile : tile;
+        best = max(score, best);
+        best_tile = leads ? tile : best_tile;
+        const bool follows = second > next;
+        rest = max(max(rest, runner), min(second, next));
+        next = max(second, next);
+        next_tile = follows ? second_tile : next_tile;
+    }
+    /// The `i`th score that it kept, and the tile of that.
+    __device__ int score(int i) const { return i == 0 ? best : next; }
+    __device__ int tile(int i) const { return i == 0 ? best_tile : next_tile; }
+};
+
+/// The same with the two best scores of each of these tiles, and the best one of a third: where a thread sees so many
+/// codes of a row that those it drops would take long to look through.
+struct wide_row_leaders {
+    int best = least_score, best_runner = least_score, best_tile = 0;
+    int next = least_score, next_runner = least_score, next_tile = 0;
+    int third = least_score, third_tile = 0;
+    int rest = least_score;
+
+    /// A tile's largest score and its second largest. The third largest, if it matters, goes to `rest` before.
+    __device__ void offer(int score, int runner, int tile) {
+        const bool leads = score > best;
+        const int second = min(score, best), second_runner = leads ? best_runner : runner;
+        const int second_tile = leads ? best_tile : tile;
+        best = max(score, best);
+        best_runner = leads ? runner : best_runner;
+        best_tile = leads ? tile : best_tile;
+        const bool follows = second > next;
+        const int dropped = min(second, next), dropped_tile = follows ? next_tile : second_tile;
+        rest = max(max(rest, min(dropped, third)), follows ? next_runner : second_runner);
+        third_tile = dropped > third ? dropped_tile : third_tile;
+        third = max(dropped, third);
+        next = max(second, next);
+        next_runner = follows ? second_runner : next_runner;
+        next_tile = follows ? second_tile : next_tile;
+    }
+    __device__ int score(int i) const {
+        return i == 0 ? best : i == 1 ? best_runner : i == 2 ? next : i == 3 ? next_runner : third;
+    }
+    __device__ int tile(int i) const { return i < 2 ? best_tile : i < 4 ? next_tile : third_tile; }
+};
+
+/// The least score that a row's nearest code can have when `best` is the largest and `error` its bound; `least_score`
+/// where none can be told: not above 0, where integers do not order scores, or NaN. Never falls while `best` rises.
+__device__ inline int least_candidate(int best, float error) {
+    // A tag moved the two scores by up to 32 units in the last place each.
+    const float score = __int_as_float(best), limit = score - 2.0002f * error - 0x1.2p-17f * score;
+    return limit > 0.0f ? __float_as_int(limit) : least_score;
+}
+
+#if CUVQ_HAS_MMA
+
+/// The `Count` scores at(0), at(1), ... that a thread has of a row and tile, as integers. The low bits of each have
+/// given way to its number; `mask` clears them, and the compiler must not know it: else that is two instructions.
+template <int Count>
+struct tagged_scores {
+    int s[Count];
+    int top, runner;  // the largest and the second largest
+
+    template <class At>
+    __device__ tagged_scores(At at, int mask) {
+#pragma unroll
+        for (int j = 0; j < Count; ++j) {
+            const int bits = __float_as_int(at(j));
+            asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(s[j]) : "r"(bits), "r"(mask), "r"(j));  // (bits & mask) | j
+        }
+        top = max(s[0], s[1]);
+#pragma unroll
+        for (int j = 2; j < Count; j += 2) top = __vimax3_s32(top, s[j], s[j + 1]);
+        // The second largest: as unsigned, s - top is 0 for the largest and wraps to the larger, the closer.
+        const unsigned from_top = 0u - static_cast<unsigned>(top);
+        unsigned near[2] = {0, 0};
+#pragma unroll
+        for (int j = 0; j < Count; ++j)
+            near[j % 2] = __viaddmax_u32(static_cast<unsigned>(s[j]), from_top, near[j % 2]);
+        runner = static_cast<int>(max(near[0], near[1]) + static_cast<unsigned>(top));
+    }
+    __device__ int third() const {
+        int most = least_score;
+#pragma unroll
+        for (int j = 0; j < Count; ++j) most = max(most, s[j] < runner ? s[j] : least_score);
+        return most;
+    }
+};
+
+/// What threads keep of a row under this policy.
+template <class Policy>
+using leaders_of = std::conditional_t<mma_shape<Policy>::kept == 5, wide_row_leaders, row_leaders>;
+
+/// Offers a tile's scores to the leaders of their row, whose error bound is `error`. Whole warps.
+template <int Count>
+__device__ void offer(row_leaders& leaders, const tagged_scores<Count>& scores, int tile, float) {
+    leaders.offer(scores.top, scores.runner, tile);
+}
+template <int Count>
+__device__ void offer(wide_row_leaders& leaders, const tagged_scores<Count>& scores, int tile, float error) {
+    // Seldom is a runner-up so close that it may matter; only then may a third one.
+    const bool close = scores.runner >= least_candidate(max(scores.top, leaders.best), error);
+    if (__any_sync(0xFFFFFFFFu, close) && close) leaders.rest = max(leaders.rest, scores.third());
+    leaders.offer(scores.top, scores.runner, tile);
+}
+
+/// Writes the slots of a thread's rows, 8 r + lane / 4 of its warp's. The buffers of codes are in use no more.
+template <class Policy, class X, class C, int Rows>
+__device__ void leave_slots(const mma_block<Policy, X, C>& b, const leaders_of<Policy> (&leaders)[Rows]) {
+    using shape = mma_shape<Policy>;
+    auto* slots = reinterpret_cast<typename shape::slot*>(b.memory + shape::slots_at);
+    const int slot = b.warp / shape::warps_down * 4 + b.lane % 4;
+    const int row = b.warp % shape::warps_down * shape::warp_rows + b.lane / 4;
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) {
+        typename shape::slot& to = slots[(row + 8 * r) * shape::slots + slot];
+#pragma unroll
+        for (int i = 0; i < shape::kept; ++i) {
+            to.score[i] = leaders[r].score(i);
+            to.code[i] = b.code_at(slot, leaders[r].tile(i), leaders[r].score(i));
+        }
+        to.rest = leaders[r].rest;
+    }
+}
+
+#endif  // CUVQ_HAS_MMA
+
+}  // namespace cuvq::device
