@@ -626,6 +626,42 @@ TEST_F(QuantizeSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
     EXPECT_TRUE(narrow.untouched());
 }
 
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+/// With this tile where it serves; a refusal that writes nothing where it does not. Whether it serves.
+template <class Tile, std::size_t D>
+bool same_with_tile(std::int64_t n, std::int64_t k) {
+    random_source random;
+    search_memory<float, float> memory(random.normals<float>(n, D), random.normals<float>(k, D));
+    const auto x = memory.x.fixed<D>(), codebook = memory.codebook.fixed<D>();
+    memory.run_simt();
+    const auto right = memory.outcome().codes;
+    memory.poison_outputs();
+    if (dispatch::serves<Tile, float, float>(k, D)) {
+        quantize<Tile>(x, codebook, memory.codes.view(), memory.quantized.view(), memory.distances.view());
+        EXPECT_EQ(memory.outcome().codes, right);
+        return true;
+    }
+    const auto text = refusal([&] { quantize<Tile>(x, codebook, memory.codes.view()); });
+    EXPECT_EQ(text.rfind("cuvq::quantize: Tile: ", 0), 0u) << text;
+    EXPECT_TRUE(memory.outputs_untouched());
+    return false;
+}
+
+TEST_F(QuantizeSmall, ATileOfTheCallersOwnChangesNothing) {
+    struct small_simt_tile : simt_tile {
+        static constexpr int rows = 32;
+    };
+    EXPECT_TRUE((same_with_tile<small_simt_tile, 40>(500, 300)));
+    int device = 0, major = 0;
+    CUVQ_CHECK_CUDA(cudaGetDevice(&device));
+    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    EXPECT_EQ((same_with_tile<mma_tile<64, 128, 3, false, 1>, 40>(500, 300)), major >= 8);
+    const bool few = same_with_tile<sm90_tile<5, 3, 6, 4, 2, 4>, 40>(500, 300);
+    EXPECT_EQ((same_with_tile<sm90_tile<5, 3, 6, 4, 2, 4>, 40>(9000, 300)), few);
+    EXPECT_FALSE((same_with_tile<sm90_tile<1, 3, 6, 4, 4, 4>, 40>(500, 300))) << "its operands hold 13 dimensions";
+}
+
 // ---- prepared codebooks ---------------------------------------------------------------------------------------------
 
 TEST_F(QuantizeSmall, APreparedCodebookServesManyBatches) {

@@ -61,8 +61,7 @@ inline device::image_ref image_of(const prepared_codebook& prepared, std::int64_
         detail::bad_argument(function, "prepared", "a null pointer", std::to_string(bytes) + " bytes of device memory");
     detail::check_prepared(function, "prepared", prepared, bytes);
     detail::carver c(prepared.data);
-    const kernel::codebook_image image = dispatch::take_image(c, codes, dimensions);
-    return {image.centre, image.scale, image.bounds, image.rows, dispatch::image_layout(dimensions)};
+    return dispatch::image_ref_of(dispatch::take_image(c, codes, dimensions), dimensions);
 }
 
 namespace detail {

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
@@ -48,6 +50,9 @@ inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_param
 
 /// The nearest codebook row of every vector.
 ///
+/// @tparam Tile     usually left out: the kernel and its sizes are chosen by device, types, N, K and D. Or a tile of
+///                  `dispatch/tuning.cuh`, or of your own sizes: that one alone is compiled and launched. It changes
+///                  nothing but the speed.
 /// @param x         [N x D] device memory; float, __half or __nv_bfloat16; N >= 0. Rows may be strided.
 /// @param codebook  [K x D] device memory; float or the type of x; K, D >= 1. A row with a NaN or Inf is never chosen.
 /// @param codes     [N] out, device memory; int32, int64, uint8, uint16 or uint32 with room for K - 1. The lowest k
@@ -62,12 +67,12 @@ inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_param
 /// @param stream    everything runs here, asynchronously; may be captured in a graph.
 /// @throws std::invalid_argument naming the argument, before any launch: shapes that do not match, null or misaligned
 ///         pointers, outputs that overlap other arguments, K = 0 or D = 0, codes too narrow for K, workspace too
-///         small. cuvq::cuda_error if a CUDA call fails.
+///         small, a Tile that this device, build, K or D has no use for. cuvq::cuda_error if a CUDA call fails.
 /// Deterministic: equal inputs give bitwise equal outputs; the codes also on every card. O(N K D) time, no N x K
 /// memory. With N = 0 no output is touched.
 /// Source: van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2017, eq. 1 and 2.
-template <class XView, class CodebookView, class CodesView, class QuantizedView = discard_t,
-          class DistancesView = discard_t>
+template <class Tile = automatic_tile, class XView, class CodebookView, class CodesView,
+          class QuantizedView = discard_t, class DistancesView = discard_t>
 void quantize(const XView& x, const CodebookView& codebook, const CodesView& codes,
               const QuantizedView& quantized = discard, const DistancesView& distances = discard,
               const quantize_params& params = {}, const workspace& ws = {}, cudaStream_t stream = nullptr) {
@@ -76,13 +81,19 @@ void quantize(const XView& x, const CodebookView& codebook, const CodesView& cod
     const shape s{args.x.rows, args.codebook.rows, args.x.columns};
     detail::check_prepared(function, "params.prepared", params.prepared,
                            prepared_codebook_bytes(s.codes, s.dimensions));
+    if constexpr (!std::is_same_v<Tile, automatic_tile>)
+        if (!dispatch::serves<Tile, detail::value_of<XView>, detail::value_of<CodebookView>>(s.codes, s.dimensions))
+            detail::bad_argument(function, "Tile",
+                                 "one that does not serve K = " + std::to_string(s.codes) +
+                                     ", D = " + std::to_string(s.dimensions) + " on this device, as compiled",
+                                 "automatic_tile, or a tile that does");
     const detail::scratch memory(function, ws, quantize_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
     const detail::quantize_scratch m(c, s, params);
     if (params.stats)
         CUVQ_CHECK_CUDA(cudaMemsetAsync(m.tally.histogram, 0,
                                         static_cast<std::size_t>(s.codes + 1) * sizeof(*m.tally.histogram), stream));
-    const std::int64_t losses = dispatch::quantize<dispatch::static_dimensions<XView, CodebookView>()>(
+    const std::int64_t losses = dispatch::quantize<Tile, dispatch::static_dimensions<XView, CodebookView>()>(
         args, m.tally, m.search, params.accuracy == accuracy::exact, stream);
     if (params.stats) {
         kernel::stats_parts parts;

@@ -81,7 +81,7 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
     if (params.stats) CUVQ_CHECK_CUDA(cudaMemsetAsync(m.tally.rows_without, 0, sizeof(*m.tally.rows_without), stream));
     constexpr auto last_code = static_cast<std::uint64_t>(std::numeric_limits<detail::value_of<CodesView>>::max());
     if (static_cast<std::uint64_t>(s.codes - 1) == last_code) args.quantize.distances = {m.distances, s.vectors};
-    const std::int64_t losses = dispatch::quantize<dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
+    const std::int64_t losses = dispatch::quantize<automatic_tile, dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
         args.quantize, m.tally, m.search, params.accuracy == accuracy::exact, stream);
     const dispatch::provenance from{true, {args.quantize.distances.data, args.quantize.distances.size}};
     detail::update(args.update, params, from, m.update, stream);

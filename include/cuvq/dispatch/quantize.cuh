@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
@@ -192,15 +193,25 @@ std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const k
     return std::int64_t{output_blocks} * (kernel::outputs_threads / 32);
 }
 
-/// Prepares the codebook and searches it on Hopper's tensor cores. False, with nothing launched, where the device or
-/// the compiled code has no such path.
+/// Whether a search on Hopper's own tensor cores with this tile serves this device and build, and K and D: its operands
+/// must be those of the image.
+template <class Tile, class X, class C>
+bool serves_sm90(std::int64_t codes, std::int64_t dimensions) {
+    int device = 0, major = 0;
+    CUVQ_CHECK_CUDA(cudaGetDevice(&device));
+    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major == 9 && codes < kernel::row_results::most_codes && Tile::steps == image_layout(dimensions).steps &&
+           is_compiled(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_threads);
+}
+
+/// Prepares the codebook and searches it on Hopper's tensor cores. False, with nothing launched, where `serves_sm90`
+/// says so.
 template <class Tile, class X, class C>
 bool quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                    const search_scratch& scratch, bool exact, std::int64_t& losses, cudaStream_t stream) {
-    int device = 0, major = 0, processors = 0;
+    if (!serves_sm90<Tile, X, C>(args.codebook.rows, args.x.columns)) return false;
+    int device = 0, processors = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
-    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    if (major != 9 || !is_compiled(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_threads)) return false;
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     if (!scratch.prepared) prepare<Tile::dimensions>(args.codebook, scratch.image, stream);
     const std::int64_t groups = (args.x.rows - 1) / kernel::row_results::rows + 1;
@@ -210,40 +221,85 @@ bool quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search
     return true;
 }
 
+/// The image of a codebook, as block-level searches take it.
+inline device::image_ref image_ref_of(const kernel::codebook_image& image, std::int64_t dimensions) {
+    return {image.centre, image.scale, image.bounds, image.rows, image_layout(dimensions)};
+}
+
 /// Prepares the codebook and searches it on the tensor cores of sm_80 and later. Returns how many partial losses that
 /// leaves; 0, with nothing launched, where the device or the compiled code has no such path.
 template <std::size_t D, class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                           const search_scratch& scratch, cudaStream_t stream) {
-    const kernel::codebook_image& i = scratch.image;
-    const device::image_ref image{i.centre, i.scale, i.bounds, i.rows, image_layout(args.x.columns)};
     if (fit_mma<mma_streamed, X, C>(args.x.columns).blocks == 0) return 0;
-    if (!scratch.prepared) prepare<D>(args.codebook, i, stream);
-    return quantize_mma(args, tally, image, scratch.parts, most_search_blocks, stream);
+    if (!scratch.prepared) prepare<D>(args.codebook, scratch.image, stream);
+    return quantize_mma(args, tally, image_ref_of(scratch.image, args.x.columns), scratch.parts, most_search_blocks,
+                        stream);
+}
+
+/// Searches on the CUDA cores; how many partial losses that leaves.
+template <class Tile, std::size_t D, class X, class C>
+std::int64_t quantize_simt(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                           cudaStream_t stream) {
+    static_assert(Tile::threads <= simt_tile::threads, "cuvq: a SIMT tile has at most as many threads as simt_tile");
+    const unsigned blocks = detail::blocks_for(args.x.rows, Tile::rows, most_search_blocks);
+    detail::launch(kernel::quantize<Tile, D, X, C>, blocks, Tile::threads, stream, 0, args, tally);
+    return std::int64_t{blocks} * (Tile::threads / 32);
+}
+
+/// Whether a search with this very tile serves this device and build, and K and D.
+template <class Tile, class X, class C>
+bool serves(std::int64_t codes, std::int64_t dimensions) {
+    if constexpr (is_sm90_tile<Tile>)
+        return serves_sm90<Tile, X, C>(codes, dimensions);
+    else if constexpr (is_mma_tile<Tile>)
+        return has_image(codes, dimensions) && fit_mma<Tile, X, C>(dimensions).blocks > 0;
+    else
+        return true;
+}
+
+/// As `quantize` below, with one tile that `serves`, and nothing else instantiated.
+template <class Tile, std::size_t D, class X, class C>
+std::int64_t quantize_with(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                           const search_scratch& scratch, bool exact, cudaStream_t stream) {
+    if constexpr (is_sm90_tile<Tile>) {
+        std::int64_t losses = 0;
+        quantize_sm90<Tile>(args, tally, scratch, exact, losses, stream);
+        return losses;
+    } else if constexpr (is_mma_tile<Tile>) {
+        if (!scratch.prepared) prepare<D>(args.codebook, scratch.image, stream);
+        const mma_fit fit = fit_mma<Tile, X, C>(args.x.columns);
+        const std::int64_t parts =
+            best_parts<Tile>(args.x.rows, args.codebook.rows, fit.blocks, scratch.parts.rows / args.x.rows);
+        return quantize_mma<Tile>(args, tally, image_ref_of(scratch.image, args.x.columns), scratch.parts, parts,
+                                  most_search_blocks, fit, stream);
+    } else {
+        return quantize_simt<Tile, D>(args, tally, stream);
+    }
 }
 
 /// Launches the search; returns how many partial losses it leaves in `tally`. Not `exact`: a path that has a faster
 /// way may take it.
-template <std::size_t D, class X, class C>
+template <class Tile, std::size_t D, class X, class C>
 std::int64_t quantize(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                       const search_scratch& scratch, bool exact, cudaStream_t stream) {
     if (args.x.rows == 0) return 0;
-    std::int64_t losses = 0;
-    bool launched = false;
-    if (args.codebook.rows < kernel::row_results::most_codes)
+    if constexpr (!std::is_same_v<Tile, automatic_tile>) {
+        return quantize_with<Tile, D>(args, tally, scratch, exact, stream);
+    } else {
+        std::int64_t losses = 0;
+        bool launched = false;
         with_sm90_tile<D>(args.x.columns, [&](auto tile) {
             launched = quantize_sm90<decltype(tile)>(args, tally, scratch, exact, losses, stream);
         });
-    if (launched) return losses;
-    const std::int64_t simt_steps =
-        ((args.codebook.rows - 1) / simt_tile::codes + 1) * ((args.x.columns - 1) / simt_tile::depth + 1);
-    const bool tiny = simt_steps <= most_simt_steps && args.x.rows <= most_simt_rows;
-    if (!tiny && has_image(args.codebook.rows, args.codebook.columns))
-        losses = quantize_mma<D>(args, tally, scratch, stream);
-    if (losses > 0) return losses;
-    const unsigned blocks = detail::blocks_for(args.x.rows, simt_tile::rows, most_search_blocks);
-    detail::launch(kernel::quantize<simt_tile, D, X, C>, blocks, simt_tile::threads, stream, 0, args, tally);
-    return std::int64_t{blocks} * (simt_tile::threads / 32);
+        if (launched) return losses;
+        const std::int64_t simt_steps =
+            ((args.codebook.rows - 1) / simt_tile::codes + 1) * ((args.x.columns - 1) / simt_tile::depth + 1);
+        const bool tiny = simt_steps <= most_simt_steps && args.x.rows <= most_simt_rows;
+        if (!tiny && has_image(args.codebook.rows, args.codebook.columns))
+            losses = quantize_mma<D>(args, tally, scratch, stream);
+        return losses > 0 ? losses : quantize_simt<simt_tile, D>(args, tally, stream);
+    }
 }
 
 }  // namespace cuvq::dispatch

@@ -1,9 +1,13 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// The tile table: sizes only, no code. Pass another struct of the same shape to override one.
+// The tile table: sizes only, no code. `quantize<Tile>` takes one of these, or another of the same shape, in place of
+// the table's choice.
 #pragma once
 
 namespace cuvq {
+
+/// No tile in particular: the one that suits the device, the types, N, K and D.
+struct automatic_tile {};
 
 /// `arch/simt.cuh`: a block of `threads` finds the nearest codes of `rows` rows, `codes` codes and `depth` dimensions
 /// at a time. 16 threads share a row. 16 divides codes, 4 divides depth, and threads divides 16 rows, rows * depth and
@@ -29,6 +33,10 @@ struct sm90_tile {
     static constexpr int few_stages = FewStages;
     static constexpr int dimensions = 16 * Steps - 3;  // at most
 };
+template <class>
+inline constexpr bool is_sm90_tile = false;
+template <int... Sizes>
+inline constexpr bool is_sm90_tile<sm90_tile<Sizes...>> = true;
 using sm90_d13 = sm90_tile<1, 3, 6, 8, 4, 8>;
 using sm90_d77 = sm90_tile<5, 3, 6, 5, 4, 8>;
 using sm90_d141 = sm90_tile<9, 3, 5, 3, 4, 4>;
@@ -83,6 +91,12 @@ struct wgmma_tile {
     static constexpr bool streamed = false;
     static constexpr int blocks = 1;
 };
+template <class>
+inline constexpr bool is_mma_tile = false;
+template <int Rows, int Codes, int Stages, bool Streamed, int Blocks>
+inline constexpr bool is_mma_tile<mma_tile<Rows, Codes, Stages, Streamed, Blocks>> = true;
+template <int Rows, int Codes, int Stages>
+inline constexpr bool is_mma_tile<wgmma_tile<Rows, Codes, Stages>> = true;
 using wgmma_tall = wgmma_tile<128, 128, 4>;
 using wgmma_flat = wgmma_tile<64, 256, 3>;  // wider rows, or fewer
 
