@@ -628,6 +628,10 @@ TEST_F(QuantizeSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
+struct small_simt_tile : simt_tile {
+    static constexpr int rows = 32;
+};
+
 /// With this tile where it serves; a refusal that writes nothing where it does not. Whether it serves.
 template <class Tile, std::size_t D>
 bool same_with_tile(std::int64_t n, std::int64_t k) {
@@ -649,9 +653,6 @@ bool same_with_tile(std::int64_t n, std::int64_t k) {
 }
 
 TEST_F(QuantizeSmall, ATileOfTheCallersOwnChangesNothing) {
-    struct small_simt_tile : simt_tile {
-        static constexpr int rows = 32;
-    };
     EXPECT_TRUE((same_with_tile<small_simt_tile, 40>(500, 300)));
     int device = 0, major = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
