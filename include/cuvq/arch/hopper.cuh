@@ -26,6 +26,12 @@ __device__ inline void let_successor_start() {
 #endif
 }
 
+/// Reads the byte at p, so that what lies there is at hand when it is needed.
+__device__ inline void touch(const void* p) {
+    [[maybe_unused]] unsigned ignored;
+    asm volatile("ld.global.u8 %0, [%1];" : "=r"(ignored) : "l"(p));
+}
+
 /// A cluster of `Blocks` blocks; of one where that is 1.
 template <int Blocks>
 struct cluster {

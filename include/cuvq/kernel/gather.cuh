@@ -45,10 +45,10 @@ struct gathered_codes {
     unsigned own, own_count;  // of this block: the first, counted within the cluster's, and their number
 
     template <class Tile>
-    static __device__ gathered_codes of(std::int64_t codes, int block_bits) {
+    static __device__ gathered_codes of(std::int64_t codes, int block_bits, unsigned extra = 0) {
         gathered_codes g;
         const unsigned rank = blockIdx.x % Tile::cluster;
-        g.clusters = gridDim.x / Tile::cluster;
+        g.clusters = gridDim.x / Tile::cluster - extra;
         g.cluster = blockIdx.x / Tile::cluster;
         g.count = static_cast<unsigned>((codes - 1 - g.cluster) / g.clusters + 1);
         g.block_bits = block_bits;
