@@ -120,12 +120,13 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
     image_refresh refresh) {
     __shared__ gather_storage<Tile> shared;
     __shared__ std::int64_t shared_step;
+    const unsigned blocks = gridDim.x - (refresh ? Tile::cluster : 0);
+    if (blockIdx.x > blocks) return;
+    if (blockIdx.x < blocks) open_gather(shared);
     arch::wait_for_predecessor();
     arch::let_successor_start();
     const std::int64_t all_codes = update.state.codebook.rows;
-    const unsigned blocks = gridDim.x - (refresh ? Tile::cluster : 0);
-    if (blockIdx.x > blocks) return;
-    const int columns = static_cast<int>(a.x.columns);
+    const int columns = static_cast<int>(a.x.columns), stride = gather_stride(columns);
     if (threadIdx.x == Tile::threads - 1) shared_step = take_step(update.state.step, blocks + (refresh ? 1 : 0));
     if (blockIdx.x == blocks) {
         __shared__ typename cub::BlockReduce<double, Tile::threads>::TempStorage storage;
@@ -134,30 +135,19 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
         return;
     }
     const auto codes = gathered_codes::of<Tile>(all_codes, block_bits, refresh ? 1 : 0);
-    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32)
-        touch_code(update.state, codes.code(c));
-    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
-
-    // The sums again, as float, where the update looks for them.
-    auto* sums = reinterpret_cast<float*>(shared.segments.sum);
-    static_assert(sizeof(shared.segments.sum) >= (Tile::most_sums + Tile::most_codes) * sizeof(float), "");
-    float* sizes = sums + Tile::most_sums;
-    for (unsigned i = threadIdx.x; i < codes.own_count * columns; i += Tile::threads)
-        sums[i] = static_cast<float>(shared.sum[i]);
-    if (threadIdx.x < codes.own_count) {
-        sizes[threadIdx.x] = static_cast<float>(shared.count[threadIdx.x]);
-        if (counts) counts[codes.code(threadIdx.x)] = sizes[threadIdx.x];
-    }
-    __syncthreads();
+    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows, [&] {
+        for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32)
+            touch_code(update.state, codes.code(c));
+    });
     e.step = shared_step;
+    if (counts && threadIdx.x < codes.own_count) counts[codes.code(threadIdx.x)] = shared.count[threadIdx.x];
     for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
         const std::int64_t k = codes.code(c);
-        update.counts = {sizes + c - k, all_codes};
-        update.sums = {sums + (static_cast<std::int64_t>(c) - k) * columns, all_codes, columns, columns};
+        update.counts = {shared.count + c - k, all_codes};
+        update.sums = {shared.sum + (static_cast<std::int64_t>(c) - k) * stride, all_codes, columns, stride};
         update_code(update, p, e, k, tally);
         if (refresh) refresh.write_row(update.state.codebook, k, e.step);
     }
-    arch::cluster<Tile::cluster>::wait();
 }
 
 }  // namespace cuvq::kernel
