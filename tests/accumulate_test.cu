@@ -512,6 +512,27 @@ TEST_F(AccumulateTest, SmallBatchesOfManyCodesAndOfFewAtTheEdgesOfTheOneLaunch) 
     }
 }
 
+TEST_F(AccumulateTest, BadRowsOfWideSmallBatches) {
+    // Rows that no block sees as a whole: single ones, all of a code, and all that one block has of a code of many.
+    random_source random;
+    for (const std::int64_t d : {130, 300})
+        for (const std::int64_t k : {3, 64, 300})
+            for (const std::int64_t most : {20, 1500, 2900}) {
+                SCOPED_TRACE(testing::Message() << d << " columns, " << k << " codes, " << most << " of one");
+                constexpr std::int64_t n = 3000;
+                auto x = random.normals<float>(n, d);
+                auto codes = random_codes(random, n, -1, k);
+                for (std::int64_t i = 50; i < 50 + most; ++i) codes[i] = 2;
+                for (std::int64_t i = 0; i < n; ++i) {
+                    const bool bad =
+                        codes[i] == 1 || (i >= 50 + most / 4 && i < 50 + most * 3 / 4) || random.integer(0, 30) == 0;
+                    if (bad) x(i, random.integer(0, d - 1)) = i % 2 == 0 ? nan : inf;
+                }
+                expect_sums(x, codes, k);
+                expect_sums(x, codes, k, random_weights(random, n), awkward);
+            }
+}
+
 TEST_F(AccumulateTest, WorkspaceIsWithinItsBound) {
     for (const std::int64_t n : {0, 1, 8192, 8193, 40000, 1 << 20, 1 << 24})
         for (const std::int64_t k : {1, 16, 1000, 1024, 1025, 2048, 16384, 65536})

@@ -10,6 +10,9 @@
 
 #include <gtest/gtest.h>
 
+#include <cuda_fp16.h>
+
+#include <cuvq/prepare.cuh>
 #include <cuvq/quantize.cuh>
 
 #include "support/device.cuh"
@@ -156,6 +159,196 @@ TEST_F(TrainStepSmall, AStateThatCarriesAPreparedCodebookKeepsItFresh) {
     state.prepared.bytes = 1000;
     EXPECT_EQ(refusal([&] { train_step(state, memory.x.view(), memory.codes.view()); }),
               "cuvq::train_step: state.prepared: got a null pointer; wants a device pointer, or none at all");
+}
+
+/// An image in host memory.
+struct read_image {
+    std::vector<float> centre;
+    float scale = 0;
+    device::score_bounds most{};  // over all entries
+    matrix<float> rows;           // of every code, decoded: C^
+    std::vector<double> offsets;  // n
+
+    read_image(const prepared_codebook& prepared, std::int64_t k, std::int64_t d)
+        : centre(static_cast<std::size_t>(d)), rows(k, d), offsets(static_cast<std::size_t>(k)) {
+        const device::image_ref image = image_of(prepared, k, d);
+        check(cudaDeviceSynchronize());
+        check(cudaMemcpy(centre.data(), image.centre, centre.size() * sizeof(float), cudaMemcpyDeviceToHost));
+        check(cudaMemcpy(&scale, image.scale, sizeof scale, cudaMemcpyDeviceToHost));
+        std::vector<device::score_bounds> bounds(static_cast<std::size_t>(image.parts(k)));
+        check(cudaMemcpy(bounds.data(), image.bounds, bounds.size() * sizeof(bounds[0]), cudaMemcpyDeviceToHost));
+        const auto largest = [](float a, float b) { return b > a || b != b ? b : a; };  // NaN: no bound at all
+        for (const auto& b : bounds)
+            most = {largest(most.norm, b.norm), largest(most.residual, b.residual), largest(most.offset, b.offset),
+                    largest(most.offset_rest, b.offset_rest)};
+        const std::int64_t tile = device::image_tile * image.layout.row_bytes();
+        std::vector<char> bytes(static_cast<std::size_t>(image.tiles(k) * tile));
+        check(cudaMemcpy(bytes.data(), image.rows, bytes.size(), cudaMemcpyDeviceToHost));
+        const auto element = [&](std::int64_t code, std::int64_t column) {
+            __half half;
+            const auto at = code / device::image_tile * tile +
+                            image.layout.offset(device::image_tile, static_cast<int>(code % device::image_tile),
+                                                static_cast<int>(column / 8 * 8)) +
+                            column % 8 * 2;
+            std::memcpy(&half, &bytes[static_cast<std::size_t>(at)], sizeof half);
+            return __half2float(half);
+        };
+        for (std::int64_t code = 0; code < k; ++code) {
+            for (std::int64_t c = 0; c < d; ++c) rows(code, c) = element(code, c);
+            for (int part = 0; part < 3; ++part) offsets[static_cast<std::size_t>(code)] += element(code, d + part);
+            for (std::int64_t c = d + 3; c < image.layout.columns(); ++c)
+                EXPECT_EQ(element(code, c), 0) << "code " << code << ", column " << c;
+        }
+    }
+
+    /// Whether this is the image of a codebook, with bounds that hold; `tight`: and are no larger than they have to be.
+    template <class T>
+    testing::AssertionResult is_of(const matrix<T>& codebook, bool tight) const {
+        double norm = 0, residual = 0, offset = 0, least_shift = inf, most_shift = -inf, largest = 0;
+        for (std::int64_t k = 0; k < codebook.rows; ++k) {
+            double true_square = 0, square = 0, rest = 0;
+            for (std::int64_t d = 0; d < codebook.columns; ++d) {
+                const double v =
+                    static_cast<double>(scale) * (static_cast<double>(static_cast<float>(codebook.at(k, d))) -
+                                                  static_cast<double>(centre[static_cast<std::size_t>(d)]));
+                const double held = rows.at(k, d);
+                true_square += v * v;
+                square += held * held;
+                rest += (v - held) * (v - held);
+            }
+            norm = std::max(norm, std::sqrt(square));
+            residual = std::max(residual, std::sqrt(rest));
+            const double n = offsets[static_cast<std::size_t>(k)];
+            offset = std::max(offset, std::abs(n));
+            largest = std::max(largest, true_square);
+            least_shift = std::min(least_shift, n + true_square / 2);
+            most_shift = std::max(most_shift, n + true_square / 2);
+        }
+        if (!(norm > most.norm || residual > most.residual) && !(most.offset_rest < inf))
+            return testing::AssertionSuccess();  // some row does not fit fp16, and the bounds say so
+        if (!(norm <= most.norm && residual <= most.residual && offset <= most.offset + most.offset_rest))
+            return testing::AssertionFailure() << "norm " << norm << ", " << most.norm << "; residual " << residual
+                                               << ", " << most.residual << "; offset " << offset << ", " << most.offset;
+        // One shift for all.
+        if (!(most_shift - least_shift <= 2 * most.offset_rest + 1e-13 * (largest + offset)))
+            return testing::AssertionFailure() << "shifts from " << least_shift << " to " << most_shift;
+        if (tight && most.offset_rest < inf &&
+            !(most.norm <= 1.001 * norm && most.residual <= 1.001 * residual &&
+              most.offset <= 1.001 * (offset + most.offset_rest)))
+            return testing::AssertionFailure()
+                   << "loose: norm " << norm << ", " << most.norm << "; residual " << residual << ", " << most.residual
+                   << "; offset " << offset << ", " << most.offset;
+        return testing::AssertionSuccess();
+    }
+};
+
+/// Steps of a state that carries a prepared codebook, against those of one that does not. `batch(step)`: rows.
+template <class T, class Batch>
+void expect_image_follows(const host_state<T>& start, const ema_params& params, int steps, const Batch& batch,
+                          float most_norm) {
+    const std::int64_t k = start.codebook.rows, d = start.codebook.columns;
+    train_memory<T, float> plain(start, batch(0), params), carrying(start, batch(0), params);
+    const device_workspace space(prepared_codebook_bytes(k, d));
+    auto state = carrying.state.view();
+    state.prepared = {space.lent().data, space.lent().bytes};
+    prepare(state.codebook, state.prepared);
+    ASSERT_TRUE(read_image(state.prepared, k, d).is_of(start.codebook, true));
+    for (int step = 0; step < steps; ++step) {
+        SCOPED_TRACE(testing::Message() << "step " << step);
+        plain.x.upload(batch(step));
+        carrying.x.upload(batch(step));
+        plain.run();
+        train_step(state, carrying.x.view(), carrying.codes.view(), carrying.quantized.view(), carrying.params);
+        const left_behind<T, float> after(carrying);
+        ASSERT_TRUE(same(left_behind<T, float>(plain), after));
+        const read_image image(state.prepared, k, d);
+        ASSERT_TRUE(image.is_of(after.state.codebook, step > 0));
+        if (step == steps - 1) EXPECT_LE(image.most.norm, most_norm);
+    }
+    EXPECT_TRUE(space.guard_untouched());
+}
+
+TEST_F(TrainStepSmall, AnImageFollowsEveryRule) {
+    random_source random;
+    std::vector<matrix<float>> batches;
+    for (int step = 0; step < 4; ++step) batches.push_back(random.normals<float>(150, 9));
+    for (const auto& [name, params] : every_rule()) {
+        SCOPED_TRACE(name);
+        expect_image_follows(
+            trained_state<float>(random, 60, 9), params, 4,
+            [&](int step) { return batches[static_cast<std::size_t>(step)]; }, inf);
+    }
+}
+
+TEST_F(TrainStepTest, AnImageFollowsACodebookFromZeroToFarAwayAndOn) {
+    random_source random;
+    auto rectokens = ema_params::rectokens();
+    rectokens.restart_after_steps = 2;
+    rectokens.decay = 0.5;
+    auto clamp = ema_params::mimi();
+    clamp.decay = 0.2;
+    clamp.check_every = 1;
+    for (const auto& params : {rectokens, clamp})
+        for (const std::int64_t n : {700, 9000})
+            for (const std::int64_t d : {5, 64, 130, 300}) {
+                SCOPED_TRACE(testing::Message() << n << " rows, " << d << " columns");
+                const std::int64_t k = d == 130 ? 33 : 300;
+                const auto noise = random.normals<float>(n, d);
+                // From zero, to 1000 standard deviations away, to a million, with a slow drift, then staying there.
+                const auto batch = [&](int step) {
+                    const float offset = step < 4 ? 1000.0f : step < 8 ? 1000.0f + 20.0f * step : 1e6f;
+                    return matrix<float>::generate(n, d, [&](auto i, auto c) { return offset + noise.at(i, c); });
+                };
+                expect_image_follows(host_state<float>(matrix<float>(k, d)), params, 16, batch, 200.0f);
+            }
+}
+
+TEST_F(TrainStepSmall, AnImageFollowsBadRowsAndOtherTypes) {
+    random_source random;
+    auto before = trained_state<__nv_bfloat16>(random, 140, 20);
+    before.codebook(3, 4) = __float2bfloat16(nan);
+    auto x = random.normals<float>(200, 20);
+    x(5, 5) = nan;
+    train_memory<__nv_bfloat16, __nv_bfloat16> plain(before, random.normals<__nv_bfloat16>(200, 20),
+                                                     ema_params::encodec()),
+        carrying(before, plain.x.download(), ema_params::encodec());
+    const device_workspace space(prepared_codebook_bytes(140, 20));
+    auto state = carrying.state.view();
+    state.prepared = {space.lent().data, space.lent().bytes};
+    prepare(state.codebook, state.prepared);
+    for (int step = 0; step < 4; ++step) {
+        plain.run();
+        train_step(state, carrying.x.view(), carrying.codes.view(), carrying.quantized.view(), carrying.params);
+        ASSERT_TRUE(
+            same(left_behind<__nv_bfloat16, __nv_bfloat16>(plain), left_behind<__nv_bfloat16, __nv_bfloat16>(carrying)))
+            << "step " << step;
+    }
+}
+
+TEST_F(TrainStepSmall, ReplaysKeepAnImageAsEagerStepsDo) {
+    random_source random;
+    for (const auto& [name, params] : presets()) {
+        SCOPED_TRACE(name);
+        const auto before = trained_state<float>(random, 80, 6);
+        train_memory<float, float> memory(before, random.normals<float>(60, 6), params);
+        const auto bytes = prepared_codebook_bytes(80, 6);
+        const device_array<char> space(static_cast<std::int64_t>(bytes));
+        auto state = memory.state.view();
+        state.prepared = {space.data(), bytes};
+        const auto run = [&](cudaStream_t stream) {
+            train_step(state, memory.x.view(), memory.codes.view(), memory.quantized.view(), memory.params, {}, stream);
+        };
+        captured_graph graph(run);
+        prepare(state.codebook, state.prepared);
+        for (int step = 0; step < 5; ++step) graph.replay();
+        const left_behind<float, float> replayed(memory);
+        const auto image = space.download();
+        memory.state.upload(before);
+        prepare(state.codebook, state.prepared);
+        for (int step = 0; step < 5; ++step) run(nullptr);
+        EXPECT_TRUE(same(left_behind<float, float>(memory), replayed));
+        EXPECT_EQ(space.download(), image);
+    }
 }
 
 // ---- steps ----------------------------------------------------------------------------------------------------------

@@ -64,19 +64,19 @@ struct update_scratch {
 
 /// accumulate and ema_apply of a checked call.
 template <class T, class X>
-void update(const update_args<T, X>& a, const ema_params& p, const dispatch::provenance& from, const update_scratch& m,
-            cudaStream_t stream) {
+void update(const update_args<T, X>& a, const ema_params& p, const dispatch::provenance& from,
+            const kernel::image_refresh& refresh, const update_scratch& m, cudaStream_t stream) {
     const std::int64_t codes = a.state.codebook.rows, columns = a.state.codebook.columns;
     const accumulate_args<X> batch{a.x, a.codes, a.weights, {m.counts, codes}, {m.sums, codes, columns, columns}};
     const ema_args<T, X> apply{a.state, read_only(batch.counts), read_only(batch.sums), a.x, a.replacement_indices};
     m.tally.clear(stream);
     if (gather_shapes::include(a.x.rows, codes, columns) && !dispatch::needs_total(p)) {
-        dispatch::ema_update_gathered(batch, apply, p, from, p.stats ? m.counts : nullptr, m.tally.invalid_rows(),
-                                      m.tally.ema(), stream);
+        dispatch::ema_update_gathered(batch, apply, p, from, refresh, p.stats ? m.counts : nullptr,
+                                      m.tally.invalid_rows(), m.tally.ema(), stream);
         return;
     }
     dispatch::accumulate(batch, false, from, m.accumulate, m.tally.invalid_rows(), stream);
-    dispatch::ema_apply(apply, p, m.ema, m.tally.ema(), stream);
+    dispatch::ema_apply(apply, p, m.ema, m.tally.ema(), refresh, stream);
 }
 
 }  // namespace detail
@@ -98,8 +98,8 @@ inline std::size_t ema_apply_workspace_bytes(const shape& s, const ema_params& p
 /// holds a bitwise equal codebook. Their state is that of a single rank with the whole batch, to the error that
 /// `accumulate` states for its sums.
 ///
-/// @param state        in/out: K codes in D dimensions, device memory. If it carries a prepared codebook, that is made
-///                     anew, in a launch more (two for D > 269).
+/// @param state        in/out: K codes in D dimensions, device memory. If it carries a prepared codebook, that is
+///                     kept fresh in the same launches.
 /// @param counts       [K] float, device memory, as `accumulate` leaves them.
 /// @param sums         [K x D] float, device memory. A code whose counts or sums are not finite (or negative counts),
 ///                     or whose new row would not be finite, is left wholly unchanged and counted in `skipped_codes`.
@@ -123,8 +123,8 @@ void ema_apply(const State& state, const CountsView& counts, const SumsView& sum
     const dispatch::ema_scratch m(c, params);
     const detail::update_tally tally(c, params.stats != nullptr);
     tally.clear(stream);
-    dispatch::ema_apply(args, params, m, tally.ema(), stream);
-    detail::refresh_prepared(state.prepared, args.state, stream);
+    dispatch::ema_apply(args, params, m, tally.ema(), detail::refresh_of(state.prepared, s.codes, s.dimensions),
+                        stream);
     if (params.stats) {
         kernel::stats_parts parts = tally.parts(args.counts.data, s.codes);
         parts.invalid_rows = nullptr;
@@ -146,7 +146,7 @@ inline std::size_t ema_update_workspace_bytes(const shape& s, const ema_params& 
 /// `accumulate` of one batch, then `ema_apply` with x as the replacements.
 ///
 /// @param state  in/out: K codes in D dimensions, device memory; its codebook holds float or the type of x. K at most
-///               2^32 - 2. A prepared codebook that it carries is made anew.
+///               2^32 - 2. A prepared codebook that it carries is kept fresh in the same launches.
 /// @param x      [N x D] device memory; float, __half or __nv_bfloat16; N >= 0. Rows may be strided.
 /// @param codes  [N] device memory: the code of each row of x, as `quantize` gives it; rows are left out as in
 ///               `accumulate`.
@@ -170,8 +170,7 @@ void ema_update(const State& state, const XView& x, const CodesView& codes, cons
     const detail::scratch memory(function, ws, ema_update_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
     const detail::update_scratch m(c, s, params);
-    detail::update(args, params, {}, m, stream);
-    detail::refresh_prepared(state.prepared, args.state, stream);
+    detail::update(args, params, {}, detail::refresh_of(state.prepared, s.codes, s.dimensions), m, stream);
     if (params.stats)
         detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0,
                        m.tally.parts(m.counts, s.codes), params.stats);

@@ -18,12 +18,12 @@
 namespace cuvq {
 
 /// Bytes of device memory that a `prepared_codebook` of K codes in D dimensions takes: 32, 160, 288 or 544 bytes per
-/// code for D up to 13, 77, 141 or 269; beyond, 2 D + 6 and at most 62 more.
+/// code for D up to 13, 77, 141 or 269; beyond, 2 D + 6 and at most 62 more. And at most 260 D + 2048 in all.
 /// @throws std::invalid_argument if K < 1 or D < 1. Pure: asks no device.
 inline std::size_t prepared_codebook_bytes(std::int64_t codes, std::int64_t dimensions) {
     detail::check_shape("prepared_codebook_bytes", shape{0, codes, dimensions});
     detail::carver c;
-    dispatch::take_image(c, codes, dimensions);
+    dispatch::take_prepared(c, codes, dimensions);
     return c.bytes();
 }
 
@@ -48,7 +48,8 @@ void prepare(const CodebookView& codebook, const prepared_codebook& prepared, cu
         detail::bad_argument(function, "prepared", "a null pointer", std::to_string(bytes) + " bytes of device memory");
     detail::check_prepared(function, "prepared", prepared, bytes);
     detail::carver c(prepared.data);
-    dispatch::prepare(rows, dispatch::take_image(c, rows.rows, rows.columns), stream);
+    const kernel::image_refresh p = dispatch::take_prepared(c, rows.rows, rows.columns);
+    dispatch::prepare(rows, p.image, stream, p.trail);
 }
 
 /// What `prepare` made of a codebook of K codes in D dimensions, as kernels of your own pass it to
@@ -71,13 +72,12 @@ void check_state_prepared(const char* function, const State& state, std::int64_t
     check_prepared(function, "state.prepared", state.prepared, prepared_codebook_bytes(codes, dimensions));
 }
 
-/// Prepares a state's codebook anew, if the state carries what that makes.
-template <class T>
-void refresh_prepared(const prepared_codebook& prepared, const state_ref<T>& state, cudaStream_t stream) {
-    if (prepared.data == nullptr) return;
+/// What an update of a state keeps fresh: nothing, if the state carries no prepared codebook.
+inline kernel::image_refresh refresh_of(const prepared_codebook& prepared, std::int64_t codes,
+                                        std::int64_t dimensions) {
+    if (prepared.data == nullptr) return {};
     carver c(prepared.data);
-    const auto rows = read_only(state.codebook);
-    dispatch::prepare(rows, dispatch::take_image(c, rows.rows, rows.columns), stream);
+    return dispatch::take_prepared(c, codes, dimensions);
 }
 
 }  // namespace detail

@@ -54,7 +54,7 @@ inline std::size_t train_step_workspace_bytes(const shape& s, const train_params
 /// One whole train step: `quantize` with the codebook as it stands, then `ema_update`.
 ///
 /// @param state     in/out: K codes in D dimensions, device memory; its codebook holds float or the type of x. K at
-///                  most 2^32 - 2. A prepared codebook that it carries is used, and made anew for the next step.
+///                  most 2^32 - 2. A prepared codebook that it carries is used, and kept fresh for the next step.
 /// @param x         [N x D] device memory; float, __half or __nv_bfloat16; N >= 0. Rows may be strided.
 /// @param codes     [N] out, device memory; as `quantize` gives them.
 /// @param quantized [N x D] out, of the type of x, or `discard`: rows of the codebook before the step.
@@ -84,8 +84,8 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
     const std::int64_t losses = dispatch::quantize<automatic_tile, dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
         args.quantize, m.tally, m.search, params.accuracy == accuracy::exact, stream);
     const dispatch::provenance from{true, {args.quantize.distances.data, args.quantize.distances.size}};
-    detail::update(args.update, params, from, m.update, stream);
-    detail::refresh_prepared(state.prepared, args.update.state, stream);
+    detail::update(args.update, params, from, detail::refresh_of(state.prepared, s.codes, s.dimensions), m.update,
+                   stream);
     if (params.stats) {
         kernel::stats_parts parts = m.update.tally.parts(m.update.counts, s.codes);
         parts.loss = m.tally.loss;

@@ -101,7 +101,10 @@ __device__ bool ema_blend(const ema_arrays<T, R>& a, const ema_params& p, const 
     if (lane == 0) {
         a.state.cluster_size[k] = s.size;
         std::int32_t& steps = a.state.steps_since_active[k];
-        steps = s.active ? 0 : steps < 0x7FFFFFFF ? steps + 1 : steps;
+        if (s.active)
+            steps = 0;
+        else if (steps < 0x7FFFFFFF)
+            ++steps;
     }
     __syncwarp();
     return false;

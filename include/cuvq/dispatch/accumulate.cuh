@@ -137,17 +137,18 @@ struct gather_plan {
           vectors(kernel::has_vectors<gather_tile<1>::columns / 32>(a.x)),
           checks(a.x.columns > gather_tile<1>::columns && !from.trusted) {}
 
-    /// Launches the kernel in clusters where the card has them: `in_clusters` and `alone` are it with either tile.
+    /// Launches the kernel in clusters where the card has them, `extra` of which have no codes: `in_clusters` and
+    /// `alone` are it with either tile.
     template <class... Parameters, class... Arguments>
-    static void launch(std::int64_t codes, int block_bits, void (*in_clusters)(Parameters...),
+    static void launch(std::int64_t codes, int block_bits, unsigned extra, void (*in_clusters)(Parameters...),
                        void (*alone)(Parameters...), cudaStream_t stream, const Arguments&... arguments) {
         constexpr unsigned cluster = 8, threads = gather_tile<cluster>::threads;
         const std::int64_t blocks = ((codes - 1) >> block_bits) + 1;
         if (detail::is_for_hopper(in_clusters))
-            detail::launch_dependent(in_clusters, static_cast<unsigned>((blocks - 1) / cluster + 1) * cluster, threads,
-                                     stream, 0, cluster, arguments...);
+            detail::launch_dependent(in_clusters, (static_cast<unsigned>((blocks - 1) / cluster + 1) + extra) * cluster,
+                                     threads, stream, 0, cluster, arguments...);
         else
-            detail::launch(alone, static_cast<unsigned>(blocks), threads, stream, 0, arguments...);
+            detail::launch(alone, static_cast<unsigned>(blocks) + extra, threads, stream, 0, arguments...);
     }
 };
 
@@ -157,8 +158,9 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance&
                 unsigned long long* invalid_rows, cudaStream_t stream) {
     if (gather_shapes::include(a.x.rows, a.sums.rows, a.x.columns)) {
         const gather_plan plan(a, from);
-        plan.launch(a.sums.rows, plan.block_bits, kernel::gather<gather_tile<8>, X>, kernel::gather<gather_tile<1>, X>,
-                    stream, a, plan.source, plan.block_bits, plan.vectors, plan.checks, add, invalid_rows);
+        plan.launch(a.sums.rows, plan.block_bits, 0, kernel::gather<gather_tile<8>, X>,
+                    kernel::gather<gather_tile<1>, X>, stream, a, plan.source, plan.block_bits, plan.vectors,
+                    plan.checks, add, invalid_rows);
         return;
     }
     constexpr std::int64_t most = 1 << 20;

@@ -38,28 +38,31 @@ inline device::ema_step ema_step_of(const ema_params& p) {
 
 template <class T, class R>
 void ema_apply(const detail::ema_args<T, R>& a, const ema_params& p, const ema_scratch& m,
-               const kernel::ema_tally& tally, cudaStream_t stream) {
+               const kernel::ema_tally& tally, const kernel::image_refresh& refresh, cudaStream_t stream) {
     constexpr unsigned threads = 128;
     const device::ema_step step = ema_step_of(p);
-    const bool depends = detail::is_for_hopper(kernel::ema_apply<threads, T, R>);
+    const auto apply = refresh ? kernel::ema_apply<threads, true, T, R> : kernel::ema_apply<threads, false, T, R>;
+    const bool depends = detail::is_for_hopper(apply);
     if (needs_total(p))
         detail::launch_next(depends, kernel::sum_sizes<threads, T, R>, kernel::total_parts, threads, stream, 0, a, p,
                             step, m.parts);
-    detail::launch_next(depends, kernel::ema_apply<threads, T, R>,
-                        detail::blocks_for(a.counts.size, threads / 32, kernel::most_ema_blocks), threads, stream, 0, a,
-                        p, step, needs_total(p) ? m.parts : nullptr, tally);
+    const unsigned blocks =
+        detail::blocks_for(a.counts.size, threads / 32, kernel::most_ema_blocks) + (refresh ? 1 : 0);
+    detail::launch_next(depends, apply, blocks, threads, stream, 0, a, p, step, needs_total(p) ? m.parts : nullptr,
+                        tally, refresh);
 }
 
 /// accumulate and ema_apply of a batch of `gather_shapes`, in one launch, where no total is needed.
-/// @param counts  [K] gets the counts, or null.
+/// @param refresh  the image to keep fresh, or none.
+/// @param counts   [K] gets the counts, or null.
 template <class T, class X>
 void ema_update_gathered(const detail::accumulate_args<X>& a, const detail::ema_args<T, X>& update, const ema_params& p,
-                         const provenance& from, float* counts, unsigned long long* invalid_rows,
-                         const kernel::ema_tally& tally, cudaStream_t stream) {
+                         const provenance& from, const kernel::image_refresh& refresh, float* counts,
+                         unsigned long long* invalid_rows, const kernel::ema_tally& tally, cudaStream_t stream) {
     const gather_plan plan(a, from);
-    plan.launch(a.sums.rows, plan.block_bits, kernel::ema_update_gathered<gather_tile<8>, T, X>,
+    plan.launch(a.sums.rows, plan.block_bits, refresh ? 1 : 0, kernel::ema_update_gathered<gather_tile<8>, T, X>,
                 kernel::ema_update_gathered<gather_tile<1>, T, X>, stream, a, plan.source, update, p, ema_step_of(p),
-                plan.block_bits, plan.vectors, plan.checks, counts, invalid_rows, tally);
+                plan.block_bits, plan.vectors, plan.checks, counts, invalid_rows, tally, refresh);
 }
 
 }  // namespace cuvq::dispatch

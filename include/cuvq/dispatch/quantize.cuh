@@ -89,6 +89,18 @@ inline kernel::codebook_image take_image(detail::carver& c, std::int64_t codes, 
     return image;
 }
 
+/// The memory of a prepared codebook: its image first, then what the updates need to keep that fresh.
+inline kernel::image_refresh take_prepared(detail::carver& c, std::int64_t codes, std::int64_t dimensions) {
+    kernel::image_refresh p;
+    p.image = take_image(c, codes, dimensions);
+    if (!has_image(codes, dimensions)) return p;
+    p.layout = image_layout(dimensions);
+    p.trail.centres = c.take<float>(2 * kernel::image_trail::stride(dimensions));
+    p.trail.scales = c.take<float>(4);
+    p.trail.samples = c.take<float>(2 * kernel::image_trail::sample_count(codes) * dimensions);
+    return p;
+}
+
 /// Scratch memory of a search. `prepared`: the image is there already.
 struct search_scratch {
     kernel::codebook_image image{};
@@ -121,19 +133,20 @@ struct search_scratch {
 
 /// Writes the image of a codebook, if codebooks of its size have one.
 template <std::size_t D = dynamic_extent, class C>
-void prepare(const matrix_ref<const C>& codebook, const kernel::codebook_image& image, cudaStream_t stream) {
+void prepare(const matrix_ref<const C>& codebook, const kernel::codebook_image& image, cudaStream_t stream,
+             const kernel::image_trail& trail = {}) {
     if (!has_image(codebook.rows, codebook.columns)) return;
     bool narrow = false;
     with_sm90_tile<D>(codebook.columns, [&](auto tile) {
-        constexpr unsigned threads = 256;
+        constexpr unsigned threads = 512;
         narrow = true;
         const auto write = kernel::prepare<threads, decltype(tile)::steps, C>;
         detail::launch_next(detail::is_for_hopper(write), write,
                             static_cast<unsigned>(device::image_ref::parts(codebook.rows)), threads, stream, 0,
-                            codebook, image);
+                            codebook, image, trail);
     });
     if constexpr (D > sm90_d269::dimensions)
-        if (!narrow) prepare_wide(codebook, image, image_layout(codebook.columns), stream);
+        if (!narrow) prepare_wide(codebook, image, image_layout(codebook.columns), stream, trail);
 }
 
 /// Whether a kernel was compiled for this device's own tensor cores: elsewhere it is empty and made for a warp only.

@@ -28,11 +28,11 @@ constexpr bool has_image(std::int64_t codes, std::int64_t dimensions) {
 /// Writes the image of a codebook of any number of dimensions.
 template <class C>
 void prepare_wide(const matrix_ref<const C>& codebook, const kernel::codebook_image& image, arch::slab_layout layout,
-                  cudaStream_t stream) {
+                  cudaStream_t stream, const kernel::image_trail& trail = {}) {
     constexpr unsigned centre_threads = 1024, row_threads = 256;
-    detail::launch(kernel::prepare_centre<centre_threads, C>, 1, centre_threads, stream, 0, codebook, image);
+    detail::launch(kernel::prepare_centre<centre_threads, C>, 1, centre_threads, stream, 0, codebook, image, trail);
     detail::launch(kernel::prepare_rows<row_threads, C>, static_cast<unsigned>(device::image_ref::parts(codebook.rows)),
-                   row_threads, stream, 0, codebook, image, layout);
+                   row_threads, stream, 0, codebook, image, layout, trail);
 }
 
 /// What a device offers one tile of the portable search.

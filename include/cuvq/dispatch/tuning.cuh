@@ -136,7 +136,7 @@ struct sum_tile {
     }
 };
 
-/// `kernel/gather.cuh`: `cluster` blocks look through the codes of `rows` rows each at a time, and sum those of their
+/// `kernel/gather.cuh`: `cluster` blocks look through the codes of at most `rows` rows, and sum those of their
 /// `most_codes` codes each. Otherwise as `sum_tile`.
 template <int Cluster>
 struct gather_tile {
@@ -144,15 +144,15 @@ struct gather_tile {
     static constexpr int blocks = 2;
     static constexpr int columns = 128;
     static constexpr int cluster = Cluster;
-    static constexpr int rows = 1024;
+    static constexpr int rows = 8192;
     static constexpr int most_codes = 8;    // of a block
-    static constexpr int most_sums = 1024;  // codes of a block times D
+    static constexpr int most_sums = 2048;  // codes of a block times D
 };
 
 /// The shapes that are summed by `gather_tile`, in one launch.
 struct gather_shapes {
-    static constexpr long long most_rows = 8192;
-    static constexpr long long most_columns = gather_tile<1>::most_sums;
+    static constexpr long long most_rows = gather_tile<1>::rows;
+    static constexpr long long most_columns = 1024;
     /// Every cluster looks through the codes of all rows: with more blocks than this, sorting is faster.
     static constexpr long long most_blocks = 512;
 

@@ -9,6 +9,7 @@
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/device/ema.cuh>
 #include <cuvq/kernel/gather.cuh>
+#include <cuvq/kernel/image_frame.cuh>
 #include <cuvq/params.hpp>
 
 namespace cuvq::kernel {
@@ -22,12 +23,12 @@ inline constexpr std::int64_t most_ema_blocks = 8192;  // fits above step_bits
 /// Blocks of `sum_sizes`, each leaving one partial total.
 inline constexpr int total_parts = 128;
 
-/// The number of updates before this one, and the step counter on its way to the next: each block calls this once, by
-/// one thread. The last block to come advances the counter, when all others have what they need of it.
-__device__ inline std::int64_t take_step(std::int64_t* step) {
+/// The number of updates before this one, and the step counter on its way to the next: each of `blocks` blocks calls
+/// this once, by one thread. The last block to come advances the counter, when all others have what they need of it.
+__device__ inline std::int64_t take_step(std::int64_t* step, unsigned blocks) {
     auto* counter = reinterpret_cast<unsigned long long*>(step);
     const unsigned long long before = atomicAdd(counter, 1ull << step_bits), own = before & step_mask;
-    if (before >> step_bits == gridDim.x - 1) *reinterpret_cast<volatile unsigned long long*>(counter) = own + 1;
+    if (before >> step_bits == blocks - 1) *reinterpret_cast<volatile unsigned long long*>(counter) = own + 1;
     return static_cast<std::int64_t>(own);
 }
 
@@ -40,13 +41,10 @@ struct ema_tally {
 /// Reads what the update of code k will, so that it is at hand by then. Whole warp.
 template <class T>
 __device__ void touch_code(const state_ref<T>& state, std::int64_t k) {
-    const auto touch = [](const void* p) {
-        unsigned ignored;
-        asm volatile("ld.global.u32 %0, [%1];" : "=r"(ignored) : "l"(p));
-    };
-    for (std::int64_t d = threadIdx.x % 32; d < state.embed_sum.columns; d += 32) touch(state.embed_sum.row(k) + d);
-    if (threadIdx.x % 32 == 0) touch(&state.cluster_size[k]);
-    if (threadIdx.x % 32 == 1) touch(&state.steps_since_active[k]);
+    for (std::int64_t d = threadIdx.x % 32; d < state.embed_sum.columns; d += 32)
+        arch::touch(state.embed_sum.row(k) + d);
+    if (threadIdx.x % 32 == 0) arch::touch(&state.cluster_size[k]);
+    if (threadIdx.x % 32 == 1) arch::touch(&state.steps_since_active[k]);
 }
 
 /// All that happens to code k. Whole warp, converged.
@@ -85,61 +83,71 @@ __global__ __launch_bounds__(Threads) void sum_sizes(detail::ema_args<T, R> a, e
     }
 }
 
-/// The whole update; a warp a code. `parts`: from `sum_sizes`, or null where no total is needed.
-template <int Threads, class T, class R>
+/// The whole update; a warp a code. `parts`: from `sum_sizes`, or null where no total is needed. With an image to
+/// refresh, if `Keeps`, one block more.
+template <int Threads, bool Keeps, class T, class R>
 __global__ __launch_bounds__(Threads) void ema_apply(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
-                                                     const double* parts, ema_tally tally) {
+                                                     const double* parts, ema_tally tally, image_refresh refresh) {
     __shared__ std::int64_t shared_step;
     arch::wait_for_predecessor();
     arch::let_successor_start();
-    if (threadIdx.x == 0) shared_step = take_step(a.state.step);
+    if (threadIdx.x == 0) shared_step = take_step(a.state.step, gridDim.x);
+    const std::int64_t blocks = gridDim.x - (Keeps ? 1 : 0);
+    if (Keeps && blockIdx.x == blocks) {
+        __shared__ typename cub::BlockReduce<double, Threads>::TempStorage storage;
+        __syncthreads();
+        refresh.lead<Threads>(storage, a.counts.size, a.sums.columns, shared_step);
+        return;
+    }
     const std::int64_t first = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32;
     if (first < a.counts.size) touch_code(a.state, first);
     if (parts)
         for (int i = 0; i < total_parts; ++i) e.total += parts[i];
     __syncthreads();
     e.step = shared_step;
-    for (std::int64_t k = first; k < a.counts.size; k += std::int64_t{gridDim.x} * (Threads / 32))
+    for (std::int64_t k = first; k < a.counts.size; k += blocks * (Threads / 32)) {
         update_code(a, p, e, k, tally);
+        if constexpr (Keeps) refresh.write_row(a.state.codebook, k, e.step);
+    }
 }
 
 /// `gather` and `ema_apply` of a small batch, where no total is needed. A block takes 2^block_bits codes, then a warp a
-/// code. `counts`: [K] gets the counts, or null.
+/// code. `counts`: [K] gets the counts, or null. With an image to refresh, one cluster more.
 template <class Tile, class T, class X>
 __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gathered(
     detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p, device::ema_step e,
-    int block_bits, bool vectors, bool checks, float* counts, unsigned long long* invalid_rows, ema_tally tally) {
+    int block_bits, bool vectors, bool checks, float* counts, unsigned long long* invalid_rows, ema_tally tally,
+    image_refresh refresh) {
     __shared__ gather_storage<Tile> shared;
     __shared__ std::int64_t shared_step;
+    const unsigned blocks = gridDim.x - (refresh ? Tile::cluster : 0);
+    if (blockIdx.x > blocks) return;
+    if (blockIdx.x < blocks) open_gather(shared);
     arch::wait_for_predecessor();
     arch::let_successor_start();
     const std::int64_t all_codes = update.state.codebook.rows;
-    const auto codes = gathered_codes::of<Tile>(all_codes, block_bits);
-    const int columns = static_cast<int>(a.x.columns);
-    if (threadIdx.x == Tile::threads - 1) shared_step = take_step(update.state.step);
-    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32)
-        touch_code(update.state, codes.code(c));
-    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
-
-    // The sums again, as float, where the update looks for them.
-    auto* sums = reinterpret_cast<float*>(shared.segments.sum);
-    static_assert(sizeof(shared.segments.sum) >= (Tile::most_sums + Tile::most_codes) * sizeof(float), "");
-    float* sizes = sums + Tile::most_sums;
-    for (unsigned i = threadIdx.x; i < codes.own_count * columns; i += Tile::threads)
-        sums[i] = static_cast<float>(shared.sum[i]);
-    if (threadIdx.x < codes.own_count) {
-        sizes[threadIdx.x] = static_cast<float>(shared.count[threadIdx.x]);
-        if (counts) counts[codes.code(threadIdx.x)] = sizes[threadIdx.x];
+    const int columns = static_cast<int>(a.x.columns), stride = gather_stride(columns);
+    if (threadIdx.x == Tile::threads - 1) shared_step = take_step(update.state.step, blocks + (refresh ? 1 : 0));
+    if (blockIdx.x == blocks) {
+        __shared__ typename cub::BlockReduce<double, Tile::threads>::TempStorage storage;
+        __syncthreads();
+        refresh.lead<Tile::threads>(storage, all_codes, columns, shared_step);
+        return;
     }
-    __syncthreads();
+    const auto codes = gathered_codes::of<Tile>(all_codes, block_bits, refresh ? 1 : 0);
+    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows, [&] {
+        for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32)
+            touch_code(update.state, codes.code(c));
+    });
     e.step = shared_step;
+    if (counts && threadIdx.x < codes.own_count) counts[codes.code(threadIdx.x)] = shared.count[threadIdx.x];
     for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
         const std::int64_t k = codes.code(c);
-        update.counts = {sizes + c - k, all_codes};
-        update.sums = {sums + (static_cast<std::int64_t>(c) - k) * columns, all_codes, columns, columns};
+        update.counts = {shared.count + c - k, all_codes};
+        update.sums = {shared.sum + (static_cast<std::int64_t>(c) - k) * stride, all_codes, columns, stride};
         update_code(update, p, e, k, tally);
+        if (refresh) refresh.write_row(update.state.codebook, k, e.step);
     }
-    arch::cluster<Tile::cluster>::wait();
 }
 
 }  // namespace cuvq::kernel

@@ -1,14 +1,17 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// Counts and sums of a small batch in one launch. Each cluster of blocks has a few codes of its own. Its blocks look
-// through the codes of all rows, a part each, list those of the cluster by code and in order, and sum equal parts of
-// that list, so that a code with many rows is the work of all of them. Looking through the codes grows with N K, so
-// this is for batches of a few thousand rows.
+// Counts and sums of a small batch in one launch. Each cluster of blocks has a few codes of its own. Each of its blocks
+// looks through the codes of all rows, and so knows where in the list of the cluster's rows, by code and in order, each
+// of them belongs, without a word from the others; it sums an equal part of that list, so that a code with many rows is
+// the work of all blocks of the cluster. Looking through the codes grows with N K, so this is for batches of a few
+// thousand rows.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
+#include <cub/warp/warp_scan.cuh>
 
 #include <cuvq/arch/hopper.cuh>
 #include <cuvq/detail/arguments.hpp>
@@ -23,240 +26,326 @@ template <class Tile>
 struct gather_storage {
     static constexpr int warps = Tile::threads / 32;
     static constexpr int most_codes = Tile::most_codes * Tile::cluster;  // of a cluster
+    static constexpr int warp_rows = Tile::rows / warps;                 // that a warp looks through
+    static constexpr int row_bits = Tile::cluster > 1 ? 16 : 13;
+    using entry = std::conditional_t<(Tile::cluster > 1), std::uint32_t, std::uint16_t>;  // code << row_bits | row
+    static_assert(Tile::rows <= 1 << 13 && most_codes <= (Tile::cluster > 1 ? 64 : 8), "an entry holds code and row");
+    static_assert(most_float_rows == 8, "a byte of bits");
+    static_assert(warp_rows <= 1 << 10, "16 bits hold a code and a row of a warp");
 
-    segment_storage<Tile> segments;
-    double sum[Tile::most_sums];             // [codes of the block][D]
-    double count[Tile::most_codes];          // [codes of the block] of weights
-    double part_sum[2][Tile::columns];       // of the first and the last code of the block's part of the list, where
-    double part_count[2];                    // others have rows of them too
-    coded_row listed[Tile::rows];            // the block's part of the list
-    std::uint32_t place[warps][most_codes];  // rows that a warp has found; then their place among the block's
-    std::uint32_t found[most_codes];         // rows that the block has found
-    std::uint32_t base[most_codes];          // list position of the first of them
+    union {
+        segment_storage<Tile> segments;
+        std::uint16_t found[warps][warp_rows];  // a warp's rows of the cluster's codes: code << 10 | row of the warp
+    };
+    alignas(16) float sum[Tile::most_sums];            // [codes of the block][stride]
+    float count[Tile::most_codes];                     // [codes of the block] of weights
+    double part_sum[Tile::cluster][2][Tile::columns];  // sent by each block: of the first and the last code of its part
+    double part_count[Tile::cluster][2];               // of the list, where others have rows of them too
+    arch::mailbox<Tile::cluster> box;                  // of these four
+    entry listed[Tile::rows / Tile::cluster];          // the block's part of the list
+    std::uint8_t bad[Tile::rows / Tile::cluster / most_float_rows];  // of the list, a bit each
+    std::uint32_t place[warps][most_codes];  // rows that a warp has found; then their place in the list
     std::uint32_t start[most_codes + 1];     // list position of a code's first row
+    typename cub::WarpScan<std::uint32_t>::TempStorage scan[warps];
 };
 
 /// The codes of a cluster, and those of one of its blocks. Cluster c of C has codes c, c + C, c + 2 C, ...: where the
 /// lower codes are the more frequent ones, as in a codebook that was sorted so, clusters still get about as many rows.
 struct gathered_codes {
     std::uint32_t clusters, cluster;
-    unsigned count;           // of the cluster
+    std::uint32_t inverse;    // of clusters: codes are far below 2^16, so products divide
     int block_bits;           // log2 of the codes of a block
     unsigned own, own_count;  // of this block: the first, counted within the cluster's, and their number
 
+    /// `extra` clusters at the end have no codes.
     template <class Tile>
-    static __device__ gathered_codes of(std::int64_t codes, int block_bits) {
+    static __device__ gathered_codes of(std::int64_t codes, int block_bits, unsigned extra = 0) {
         gathered_codes g;
         const unsigned rank = blockIdx.x % Tile::cluster;
-        g.clusters = gridDim.x / Tile::cluster;
+        g.clusters = gridDim.x / Tile::cluster - extra;
         g.cluster = blockIdx.x / Tile::cluster;
-        g.count = static_cast<unsigned>((codes - 1 - g.cluster) / g.clusters + 1);
+        g.inverse = 0xFFFFFFFFu / g.clusters + 1;
         g.block_bits = block_bits;
+        const unsigned count = (static_cast<unsigned>(codes) - 1 - g.cluster) / g.clusters + 1;
         const unsigned per_block = 1u << block_bits;
         g.own = rank << block_bits;
-        g.own_count = g.count <= g.own ? 0 : g.count - g.own < per_block ? g.count - g.own : per_block;
+        g.own_count = count <= g.own ? 0 : count - g.own < per_block ? count - g.own : per_block;
         return g;
     }
     /// Code c of this block.
     __device__ std::int64_t code(unsigned c) const { return cluster + std::int64_t{own + c} * clusters; }
+    /// Number of a code within its cluster.
+    __device__ std::uint32_t within(std::uint32_t code) const { return clusters > 1 ? __umulhi(code, inverse) : code; }
 };
 
-/// Sums the rows of the block's codes into shared.sum and shared.count. `checks`: rows that hold a NaN or Inf are
-/// looked for before summing, since a slice may not see all of a row; where there is one slice, summing finds them.
-/// `invalid_rows`: null, or gets the rows without a code and those not finite added. The caller ends with
-/// `cluster::wait`, once it is done with its own shared memory.
-template <class Tile, class X>
-__device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
-                             const row_source& source, const gathered_codes& codes, bool vectors, bool checks,
-                             unsigned long long* invalid_rows) {
-    using blocks = arch::cluster<Tile::cluster>;
-    constexpr int warps = Tile::threads / 32, per_warp = Tile::rows / warps, per_lane = per_warp / 32;
-    constexpr int columns_per_lane = Tile::columns / 32, window = Tile::rows * Tile::cluster;
-    constexpr unsigned most_codes = gather_storage<Tile>::most_codes, codes_per_lane = (most_codes + 31) / 32;
+/// Lists the rows of the cluster's codes: [begin, begin + length) of the list to shared.listed, and shared.start.
+/// `part_of(all)`: how many rows of `all` a block takes at most. Returns begin and length. Ends with a barrier.
+template <class Tile>
+__device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source, const gathered_codes& codes,
+                          unsigned& part, unsigned& without) {
+    using storage = gather_storage<Tile>;
+    constexpr int warps = storage::warps, most_codes = storage::most_codes;
+    constexpr int quads = 4, round = 128 * quads;  // rows of a warp at a time: of a lane, so many times four
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int columns = static_cast<int>(a.x.columns);
-    const unsigned rank = blocks::rank();
-    unsigned left_out = 0, without = 0;
-    bool pending = false;  // other blocks may still read part_sum of this one
-    const auto settle = [&] {
-        if (pending) blocks::wait();
-        pending = false;
-    };
-
-    for (std::int64_t at = 0; at == 0 || at < source.count; at += window) {
-        settle();
-        for (unsigned i = threadIdx.x; i < warps * most_codes; i += Tile::threads)
-            shared.place[i / most_codes][i % most_codes] = 0;
-        if (at == 0) {
-            for (unsigned i = threadIdx.x; i < codes.own_count * columns; i += Tile::threads) shared.sum[i] = 0;
-            if (threadIdx.x < codes.own_count) shared.count[threadIdx.x] = 0;
+    const int count = static_cast<int>(source.count), per_warp = ((count - 1) / (128 * warps) + 1) * 128;
+    const int first = warp * per_warp, stop = min(first + per_warp, count);
+    source.touch(first, stop);
+    for (int c = lane; c < most_codes; c += 32) shared.place[warp][c] = 0;
+    __syncwarp();
+    int found = 0;
+#pragma unroll 1
+    for (int at = first; at < stop; at += round) {
+        std::uint32_t code[4 * quads];
+        source.load_quads<quads>(at + 4 * lane, stop, code);
+        unsigned hits = 0, counts = 0;  // a bit each; of each quad, a byte each: at most 128 in the warp
+#pragma unroll
+        for (int i = 0; i < 4 * quads; ++i) {
+            const bool hit = code[i] - codes.within(code[i]) * codes.clusters == codes.cluster;
+            without += code[i] == coded_row::none && at + 4 * lane + i / 4 * 128 + i % 4 < stop;
+            if (hit && code[i] != coded_row::none) hits |= 1u << i;
         }
-        const std::int64_t first = at + rank * Tile::rows + warp * per_warp;
-        const std::int64_t stop = first + per_warp < source.count ? first + per_warp : source.count;
-        coded_row rows[per_lane];
-        source.load(first + lane, stop, rows);
 #pragma unroll
-        for (int i = 0; i < per_lane; ++i) {  // from here on codes count within the cluster's
-            if (rows[i].code == coded_row::none) {
-                without += first + lane + 32 * i < stop;
-            } else {
-                const std::uint32_t within = rows[i].code / codes.clusters;
-                rows[i].code = rows[i].code % codes.clusters == codes.cluster ? within : std::uint32_t{coded_row::none};
+        for (int q = 0; q < quads; ++q) counts |= __popc(hits >> 4 * q & 15u) << 8 * q;
+        std::uint32_t before, all;
+        cub::WarpScan<std::uint32_t>(shared.scan[warp]).ExclusiveSum(counts, before, all);
+#pragma unroll
+        for (int q = 0; q < quads; ++q) {
+            int to = found + static_cast<int>(before >> 8 * q & 255u);
+            found += static_cast<int>(all >> 8 * q & 255u);
+            if ((hits >> 4 * q & 15u) == 0) continue;
+#pragma unroll
+            for (int i = 4 * q; i < 4 * q + 4; ++i) {
+                if (!(hits >> i & 1u)) continue;
+                const std::uint32_t within = codes.within(code[i]);
+                const int row = at - first + 4 * lane + 128 * q + i % 4;
+                shared.found[warp][to++] = static_cast<std::uint16_t>(within << 10 | row);
+                atomicAdd(&shared.place[warp][within], 1u);
             }
-            if (!checks) continue;
-            for (unsigned hits = __ballot_sync(0xFFFFFFFFu, rows[i].code != coded_row::none); hits; hits &= hits - 1) {
-                const int hit = __ffs(static_cast<int>(hits)) - 1;
-                bool finite = true;
-                for (int d = lane; d < columns; d += 32)
-                    finite = finite && isfinite(static_cast<float>(a.x.row(first + 32 * i + hit)[d]));
-                if (__all_sync(0xFFFFFFFFu, finite)) continue;
-                ++left_out;
-                if (lane == hit) rows[i].code = coded_row::none;
-            }
-        }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < per_lane; ++i)
-            if (rows[i].code != coded_row::none) atomicAdd(&shared.place[warp][rows[i].code], 1u);
-        __syncthreads();
-        if (threadIdx.x < most_codes) {
-            std::uint32_t number[warps], total = 0;
-#pragma unroll
-            for (int w = 0; w < warps; ++w) number[w] = shared.place[w][threadIdx.x];
-#pragma unroll
-            for (int w = 0; w < warps; ++w) {
-                shared.place[w][threadIdx.x] = total;
-                total += number[w];
-            }
-            shared.found[threadIdx.x] = total;
-        }
-        blocks::sync();
-        if (warp == 0) {  // the list: by code, then by block
-            std::uint32_t total[codes_per_lane], before[codes_per_lane], sum = 0;
-#pragma unroll
-            for (unsigned i = 0; i < codes_per_lane; ++i) {
-                const unsigned code = lane * codes_per_lane + i;
-                total[i] = before[i] = 0;
-                if (code >= most_codes) continue;
-                std::uint32_t found[Tile::cluster];
-#pragma unroll
-                for (unsigned b = 0; b < Tile::cluster; ++b) found[b] = blocks::at(shared.found, b)[code];
-#pragma unroll
-                for (unsigned b = 0; b < Tile::cluster; ++b) {
-                    if (b < rank) before[i] += found[b];
-                    total[i] += found[b];
-                }
-                sum += total[i];
-            }
-            std::uint32_t scan = sum;
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const std::uint32_t other = __shfl_up_sync(0xFFFFFFFFu, scan, step);
-                if (lane >= step) scan += other;
-            }
-            std::uint32_t start = scan - sum;
-#pragma unroll
-            for (unsigned i = 0; i < codes_per_lane; ++i) {
-                const unsigned code = lane * codes_per_lane + i;
-                if (code >= most_codes) continue;
-                shared.start[code] = start;
-                shared.base[code] = start + before[i];
-                start += total[i];
-            }
-            if (lane == 31) shared.start[most_codes] = scan;
-        }
-        __syncthreads();
-        const auto length = shared.start[most_codes];
-        // Rows of the list for each block: whole batches of a warp.
-        const unsigned part =
-            ((length + Tile::cluster - 1) / Tile::cluster + most_float_rows - 1) / most_float_rows * most_float_rows;
-        // i / part by a product: positions and parts are far below 2^16.
-        const unsigned inverse = part > 0 ? 0xFFFFFFFFu / part + 1 : 0;
-        const auto part_of = [&](unsigned i) { return __umulhi(i, inverse); };
-#pragma unroll
-        for (int i = 0; i < per_lane; ++i) {
-            const std::uint32_t code = rows[i].code;
-            const bool listed = code != coded_row::none;
-            if (!__any_sync(0xFFFFFFFFu, listed)) continue;
-            const unsigned peers = __match_any_sync(0xFFFFFFFFu, code);
-            const int before = __popc(peers & ((1u << lane) - 1));
-            if (listed) {
-                const std::uint32_t to = shared.base[code] + shared.place[warp][code] + before;
-                const unsigned owner = part_of(to);
-                *blocks::at(&shared.listed[to - owner * part], owner) = rows[i];
-            }
-            __syncwarp();
-            if (listed && before == 0) shared.place[warp][code] += __popc(peers);
-            __syncwarp();
-        }
-        blocks::sync();
-        const unsigned begin = rank * part;
-        const int own_length = length <= begin ? 0 : static_cast<int>(length - begin < part ? length - begin : part);
-        const int most = ((own_length + warps - 1) / warps + most_float_rows - 1) / most_float_rows * most_float_rows;
-        for (int slice = 0; slice < columns && length > 0; slice += Tile::columns) {
-            settle();
-            const int column = slice + static_cast<int>(threadIdx.x);
-            const bool has_column = threadIdx.x < Tile::columns && column < columns;
-            if (own_length > 0) {
-                bool opens = true;  // the segment holds the first row of the block's part
-                const auto add = [&](const open_segment& segment) {
-                    const unsigned code = segment.code;  // its sum is 0 before the first window
-                    if (shared.start[code] >= begin && shared.start[code + 1] <= begin + own_length) {
-                        const unsigned owner = code >> codes.block_bits,
-                                       own_code = code & ((1u << codes.block_bits) - 1);
-                        double* sum = blocks::at(&shared.sum[own_code * columns + column], owner);
-                        double* count = blocks::at(&shared.count[own_code], owner);
-                        if (has_column) *sum = at == 0 ? segment.sum : *sum + segment.sum;
-                        if (threadIdx.x == 0 && slice == 0) *count = at == 0 ? segment.count : *count + segment.count;
-                    } else {
-                        if (has_column) shared.part_sum[opens ? 0 : 1][threadIdx.x] = segment.sum;
-                        if (threadIdx.x == 0) shared.part_count[opens ? 0 : 1] = segment.count;
-                    }
-                    opens = false;
-                };
-                add(sum_segments(
-                    shared.segments, a, 0, slice, vectors, 0, own_length, most, left_out,
-                    [&](std::int64_t i) { return shared.listed[i]; },
-                    [&](std::uint32_t code, const double(&sum)[columns_per_lane], double weights) {
-                        const unsigned owner = code >> codes.block_bits,
-                                       own_code = code & ((1u << codes.block_bits) - 1);
-                        const int of_lane = slice + lane * columns_per_lane;
-                        double* to = blocks::at(&shared.sum[own_code * columns + of_lane], owner);
-#pragma unroll
-                        for (int c = 0; c < columns_per_lane; ++c)
-                            if (of_lane + c < columns) to[c] = at == 0 ? sum[c] : to[c] + sum[c];
-                        double* count = blocks::at(&shared.count[own_code], owner);
-                        if (lane == 0 && slice == 0) *count = at == 0 ? weights : *count + weights;
-                    },
-                    add));
-            }
-            blocks::sync();
-            for (unsigned c = threadIdx.x / Tile::columns; c < codes.own_count; c += Tile::threads / Tile::columns) {
-                const unsigned code = codes.own + c, begins = shared.start[code], ends = shared.start[code + 1];
-                const unsigned from = part_of(begins), to = ends == begins ? from : part_of(ends - 1);
-                if (from == to) continue;
-                const unsigned own_column = threadIdx.x % Tile::columns;
-                double sum = 0, count = 0;
-#pragma unroll
-                for (unsigned b = 0; b < Tile::cluster; ++b) {
-                    if (b < from || b > to) continue;
-                    const int slot = b == from && begins != from * part ? 1 : 0;
-                    sum += *blocks::at(&shared.part_sum[slot][own_column], b);
-                    count += *blocks::at(&shared.part_count[slot], b);
-                }
-                if (slice + own_column < static_cast<unsigned>(columns))
-                    shared.sum[c * columns + slice + own_column] += sum;
-                if (own_column == 0 && slice == 0) shared.count[c] += count;
-            }
-            blocks::arrive();
-            pending = true;
         }
     }
-    if (!pending) blocks::arrive();
+    __syncthreads();
+    if (warp == 0) {  // by code, then by warp
+        constexpr int codes_per_lane = (most_codes + 31) / 32;
+        std::uint32_t total[codes_per_lane] = {}, sum = 0, start;
+#pragma unroll
+        for (int i = 0; i < codes_per_lane; ++i) {
+            const int code = lane * codes_per_lane + i;
+            if (code < most_codes) {
+#pragma unroll
+                for (int w = 0; w < warps; ++w) total[i] += shared.place[w][code];
+            }
+            sum += total[i];
+        }
+        cub::WarpScan<std::uint32_t>(shared.scan[warp]).ExclusiveSum(sum, start);
+        if (lane == 31) shared.start[most_codes] = start + sum;
+#pragma unroll
+        for (int i = 0; i < codes_per_lane; ++i) {
+            const int code = lane * codes_per_lane + i;
+            if (code >= most_codes) continue;
+            shared.start[code] = start;
+#pragma unroll
+            for (int w = 0; w < warps; ++w) {
+                const std::uint32_t own = shared.place[w][code];
+                shared.place[w][code] = start;
+                start += own;
+            }
+        }
+    }
+    __syncthreads();
+    const unsigned all = shared.start[most_codes];
+    constexpr unsigned none = 0xFFFFFFFFu;
+    // Rows of the list for each block: whole batches of a warp.
+    part = ((all + Tile::cluster - 1) / Tile::cluster + most_float_rows - 1) / most_float_rows * most_float_rows;
+    const unsigned begin = arch::cluster<Tile::cluster>::rank() * part;
+    const unsigned length = all <= begin ? 0 : min(all - begin, part);
+    const auto put_row = [&](unsigned place, unsigned entry) {
+        const unsigned to = place - begin;
+        if (to < length)
+            shared.listed[to] =
+                static_cast<typename storage::entry>(entry >> 10 << storage::row_bits | (first + (entry & 1023u)));
+    };
+    unsigned next = lane < found ? shared.found[warp][lane] : none;
+    for (int at = 0; at < found; at += 32) {
+        const unsigned entry = next, code = entry >> 10;
+        next = at + 32 + lane < found ? shared.found[warp][at + 32 + lane] : none;
+        const unsigned leader = __shfl_sync(0xFFFFFFFFu, code, 0);
+        if (__all_sync(0xFFFFFFFFu, code == leader)) {  // as where most rows have one code
+            put_row(shared.place[warp][code] + lane, entry);
+            __syncwarp();
+            if (lane == 0) shared.place[warp][code] += 32;
+        } else {
+            const unsigned peers = __match_any_sync(0xFFFFFFFFu, code);
+            const int before = __popc(peers & ((1u << lane) - 1));
+            if (entry != none) put_row(shared.place[warp][code] + before, entry);
+            __syncwarp();
+            if (entry != none && before == 0) shared.place[warp][code] += __popc(peers);
+        }
+        __syncwarp();
+    }
+    __syncthreads();
+    return {static_cast<int>(begin), static_cast<int>(length)};
+}
+
+/// Takes the rows that hold a NaN or Inf off the block's part of the list; returns how many are left. Whole block.
+template <class Tile, class X>
+__device__ int drop_bad_rows(gather_storage<Tile>& shared, const matrix_ref<const X>& x, bool vectors, int length,
+                             unsigned& left_out) {
+    using storage = gather_storage<Tile>;
+    constexpr int batch = most_float_rows, columns_per_lane = Tile::columns / 32;
+    constexpr unsigned row_mask = (1u << storage::row_bits) - 1;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    unsigned dropped = 0;
+    for (int i = warp * batch; i < length; i += storage::warps * batch) {
+        const X* row[batch];
+#pragma unroll
+        for (int j = 0; j < batch; ++j) row[j] = x.row(shared.listed[min(i + j, length - 1)] & row_mask);
+        float probe[batch] = {};  // NaN as soon as an element is NaN or Inf
+        for (std::int64_t d = lane * columns_per_lane; d - lane * columns_per_lane < x.columns; d += Tile::columns) {
+            float value[batch][columns_per_lane];
+            read_rows(value, row, d, x.columns, vectors);
+#pragma unroll
+            for (int j = 0; j < batch; ++j)
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c) probe[j] = __fmaf_rn(value[j][c], 0.0f, probe[j]);
+        }
+        unsigned bad = 0;
+#pragma unroll
+        for (int j = 0; j < batch; ++j)
+            if (!__all_sync(0xFFFFFFFFu, probe[j] == 0) && i + j < length) bad |= 1u << j;
+        if (lane == 0) shared.bad[i / batch] = static_cast<std::uint8_t>(bad);
+        dropped += __popc(bad);
+    }
+    left_out += dropped;
+    if (!__syncthreads_or(dropped > 0)) return length;
+    int kept = 0;
+    if (warp == 0) {
+        for (int at = 0; at < length; at += 32) {
+            const int i = at + lane;
+            const bool keep = i < length && !(shared.bad[i / batch] >> i % batch & 1);
+            const typename storage::entry e = keep ? shared.listed[i] : typename storage::entry{0};
+            const unsigned keeps = __ballot_sync(0xFFFFFFFFu, keep);
+            if (keep) shared.listed[kept + __popc(keeps & ((1u << lane) - 1))] = e;
+            kept += __popc(keeps);
+            __syncwarp();
+        }
+        if (lane == 0) shared.place[0][0] = kept;
+    }
+    __syncthreads();
+    return static_cast<int>(shared.place[0][0]);
+}
+
+/// Floats between two codes in gather_storage::sum: rows of 16 bytes.
+__device__ inline int gather_stride(std::int64_t columns) { return (static_cast<int>(columns) + 3) / 4 * 4; }
+
+/// What the blocks of a cluster do before their first access to global memory.
+template <class Tile>
+__device__ void open_gather(gather_storage<Tile>& shared) {
+    if (threadIdx.x == 0) shared.box.open();
+    __syncwarp();
+    arch::cluster<Tile::cluster>::arrive_relaxed();
+}
+
+/// Sums the rows of the block's codes into shared.sum and shared.count, after `open_gather`. `checks`: rows that hold a
+/// NaN or Inf are looked for before summing, since a slice may not see all of a row; where there is one slice, summing
+/// finds them. `invalid_rows`: null, or gets the rows without a code and those not finite added. `touch`: called by
+/// all threads while others are waited for: reads what the caller needs next. Ends with a barrier.
+template <class Tile, class X, class Touch>
+__device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
+                             const row_source& source, const gathered_codes& codes, bool vectors, bool checks,
+                             unsigned long long* invalid_rows, const Touch& touch) {
+    using blocks = arch::cluster<Tile::cluster>;
+    using storage = gather_storage<Tile>;
+    constexpr int warps = storage::warps, columns_per_lane = Tile::columns / 32;
+    static_assert(columns_per_lane == 4, "a lane sends a float4");
+    const int lane = static_cast<int>(threadIdx.x) % 32, stride = gather_stride(a.x.columns);
+    const unsigned rank = blocks::rank(), own_mask = (1u << codes.block_bits) - 1;
+    unsigned left_out = 0, without = 0, part = 0;
+    const int2 own = list_rows(shared, source, codes, part, without);
+    const unsigned begin = own.x, end = own.x + own.y;
+    blocks::wait();  // all have opened their mailboxes
+    touch();
+    const int length = checks && own.y > 0 ? drop_bad_rows(shared, a.x, vectors, own.y, left_out) : own.y;
+    // i / part by a product: positions and parts are far below 2^16.
+    const unsigned inverse = part > 1 ? 0xFFFFFFFFu / part + 1 : 0;
+    const auto part_of = [&](unsigned i) { return __umulhi(i, inverse); };
+    const int most = ((length + warps - 1) / warps + most_float_rows - 1) / most_float_rows * most_float_rows;
+    for (int slice = 0; slice < stride; slice += Tile::columns) {
+        if (slice > 0) blocks::sync();  // all are done with the parts of the slice before
+        const int width = min(stride - slice, Tile::columns);
+        if (threadIdx.x == Tile::threads - 1) {  // every block with rows of a code sends one sum of it
+            unsigned bytes = 0;
+            for (unsigned c = 0; c < codes.own_count; ++c) {
+                const unsigned begins = shared.start[codes.own + c], ends = shared.start[codes.own + c + 1];
+                if (begins == ends) continue;
+                const unsigned parts = part_of(ends - 1) - part_of(begins) + 1;
+                bytes += parts == 1 ? sizeof(float) : parts * sizeof(double);
+            }
+            shared.box.expect(bytes * (width + (slice == 0 ? 1 : 0)));
+        }
+        const auto add = [&](const open_segment& segment) {
+            const unsigned code = segment.code, owner = code >> codes.block_bits, starts = shared.start[code];
+            const bool whole = starts >= begin && shared.start[code + 1] <= end;
+            const bool has_column = static_cast<int>(threadIdx.x) < width, has_count = threadIdx.x == 0 && slice == 0;
+            if (whole) {
+                const unsigned own_code = code & own_mask;
+                float* sum = shared.sum + own_code * stride + slice + threadIdx.x;
+                if (has_column) shared.box.send(sum, owner, static_cast<float>(segment.sum));
+                if (has_count) shared.box.send(&shared.count[own_code], owner, static_cast<float>(segment.count));
+            } else {
+                const int slot = starts <= begin ? 0 : 1;
+                if (has_column) shared.box.send(shared.part_sum[rank][slot] + threadIdx.x, owner, segment.sum);
+                if (has_count) shared.box.send(&shared.part_count[rank][slot], owner, segment.count);
+            }
+        };
+        if (length > 0) {
+            add(sum_segments(
+                shared.segments, a, 0, slice, vectors, 0, length, most, left_out,
+                [&](std::int64_t i) {
+                    const std::uint32_t e = shared.listed[i];
+                    return coded_row{e >> storage::row_bits, e & ((1u << storage::row_bits) - 1)};
+                },
+                [&](std::uint32_t code, const double(&sum)[columns_per_lane], double weights) {
+                    const unsigned owner = code >> codes.block_bits;
+                    if (lane * columns_per_lane < width)
+                        shared.box.send(shared.sum + (code & own_mask) * stride + slice + lane * columns_per_lane,
+                                        owner,
+                                        float4{static_cast<float>(sum[0]), static_cast<float>(sum[1]),
+                                               static_cast<float>(sum[2]), static_cast<float>(sum[3])});
+                    if (lane == 0 && slice == 0)
+                        shared.box.send(&shared.count[code & own_mask], owner, static_cast<float>(weights));
+                },
+                add));
+        }
+        if (length < own.y) {  // what is expected of codes whose rows are all bad
+            for (unsigned code = 0; code < storage::most_codes; ++code) {
+                if (max(shared.start[code], begin) >= min(shared.start[code + 1], end)) continue;
+                bool has_row = false;
+                for (int i = static_cast<int>(threadIdx.x); i < length; i += Tile::threads)
+                    has_row = has_row || static_cast<unsigned>(shared.listed[i]) >> storage::row_bits == code;
+                if (!__syncthreads_or(has_row)) add({code});
+            }
+        }
+        shared.box.receive(static_cast<unsigned>(slice / Tile::columns));
+        for (unsigned c = threadIdx.x / Tile::columns; c < codes.own_count; c += Tile::threads / Tile::columns) {
+            const unsigned begins = shared.start[codes.own + c], ends = shared.start[codes.own + c + 1];
+            const unsigned from = part_of(begins), to = ends == begins ? from : part_of(ends - 1);
+            if (from == to && begins < ends) continue;
+            const unsigned column = threadIdx.x % Tile::columns;
+            double sum = 0, count = 0;
+#pragma unroll
+            for (unsigned b = 0; b < Tile::cluster; ++b) {
+                if (from == to || b < from || b > to) continue;
+                const int slot = b == from && begins != from * part ? 1 : 0;
+                sum += shared.part_sum[b][slot][column];
+                count += shared.part_count[b][slot];
+            }
+            if (static_cast<int>(column) < width) shared.sum[c * stride + slice + column] = static_cast<float>(sum);
+            if (column == 0 && slice == 0) shared.count[c] = static_cast<float>(count);
+        }
+    }
     __syncthreads();
     if (invalid_rows) {
-        if (blockIdx.x < Tile::cluster && without > 0)
-            atomicAdd(invalid_rows, static_cast<unsigned long long>(without));
+        if (blockIdx.x == 0 && without > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(without));
         if (lane == 0 && left_out > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(left_out));
     }
 }
@@ -267,18 +356,18 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather(detail::ac
                                                                       int block_bits, bool vectors, bool checks,
                                                                       bool add, unsigned long long* invalid_rows) {
     __shared__ gather_storage<Tile> shared;
+    open_gather(shared);
     arch::wait_for_predecessor();
     arch::let_successor_start();
     const auto codes = gathered_codes::of<Tile>(a.sums.rows, block_bits);
-    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
-    const int columns = static_cast<int>(a.x.columns);
+    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows, [] {});
+    const int columns = static_cast<int>(a.x.columns), stride = gather_stride(columns);
     for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
         const std::int64_t k = codes.code(c);
         for (int d = static_cast<int>(threadIdx.x) % 32; d < columns; d += 32)
-            put(a.sums.row(k)[d], shared.sum[c * columns + d], add);
+            put(a.sums.row(k)[d], shared.sum[c * stride + d], add);
         if (threadIdx.x % 32 == 0) put(a.counts[k], shared.count[c], add);
     }
-    arch::cluster<Tile::cluster>::wait();
 }
 
 }  // namespace cuvq::kernel

@@ -178,7 +178,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     }
     if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
     __syncthreads();
-    arch::cluster<few_blocks>::announce();  // the barriers are there, fenced above
+    arch::cluster<few_blocks>::arrive_relaxed();  // the barriers are there, fenced above
     arch::wait_for_predecessor();
 
     // A warp converts as many rows as it can at once. Loads of the rows come first of all, since all else waits for

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include <cuda_runtime.h>
+#include <cub/block/block_scan.cuh>
 
 #include <cuvq/arch/hopper.cuh>
 #include <cuvq/views.hpp>
@@ -35,6 +36,17 @@ struct row_source {
 
     __device__ std::int64_t size() const { return row_count ? std::int64_t{*row_count} : count; }
 
+    /// Reads the codes of rows begin .. end - 1 of the batch, so that they are at hand for `load`. Whole warp.
+    __device__ void touch(std::int64_t begin, std::int64_t end) const {
+        const int bytes = codes.type == code_type::int64    ? 8
+                          : codes.type == code_type::uint8  ? 1
+                          : codes.type == code_type::uint16 ? 2
+                                                            : 4;
+        const char* from = static_cast<const char*>(codes.data) + first_row * bytes;
+        for (std::int64_t at = begin * bytes + threadIdx.x % 32 * 128; at < end * bytes; at += 32 * 128)
+            arch::touch(from + at);
+    }
+
     /// Rows at, at + 32, ... below `end`; the others are `none`. All loads are under way before the first is used.
     template <int V>
     __device__ void load(std::int64_t at, std::int64_t end, coded_row (&r)[V]) const {
@@ -43,18 +55,54 @@ struct row_source {
             for (int i = 0; i < V; ++i) r[i] = at + 32 * i < end ? rows[at + 32 * i] : coded_row{coded_row::none, 0};
             return;
         }
+        std::uint32_t code[V];
+        load_codes([&](int i) { return at + 32 * i; }, end, code);
+#pragma unroll
+        for (int i = 0; i < V; ++i) r[i] = {code[i], static_cast<std::uint32_t>(at + 32 * i)};
+    }
+
+    /// Codes of the batch's rows at + 128 q .. at + 128 q + 3, those below `end`; `none` for the others and for rows
+    /// that are left out. `at`: a multiple of 4. As `load`.
+    template <int Quads>
+    __device__ void load_quads(std::int64_t at, std::int64_t end, std::uint32_t (&code)[4 * Quads]) const {
+        const auto* words = codes.as<std::int32_t>() + first_row;
+        if (codes.type == code_type::int32 && !weights && !distances &&
+            reinterpret_cast<std::uintptr_t>(words) % sizeof(int4) == 0 && end % 4 == 0) {
+            int4 quad[Quads];
+#pragma unroll
+            for (int q = 0; q < Quads; ++q)
+                quad[q] =
+                    at + 128 * q < end ? *reinterpret_cast<const int4*>(words + at + 128 * q) : int4{-1, -1, -1, -1};
+#pragma unroll
+            for (int q = 0; q < Quads; ++q) {
+                const int four[4] = {quad[q].x, quad[q].y, quad[q].z, quad[q].w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    code[4 * q + i] = static_cast<std::uint32_t>(four[i]) < code_count
+                                          ? static_cast<std::uint32_t>(four[i])
+                                          : std::uint32_t{coded_row::none};
+            }
+            return;
+        }
+        load_codes([&](int i) { return at + 128 * (i / 4) + i % 4; }, end, code);
+    }
+
+private:
+    /// Codes of the batch's rows row_of(i) below `end`.
+    template <int V, class RowOf>
+    __device__ void load_codes(const RowOf& row_of, std::int64_t end, std::uint32_t (&to)[V]) const {
         std::int64_t code[V];
-        const auto load_codes = [&](const auto* from) {
+        const auto load_from = [&](const auto* from) {
 #pragma unroll
             for (int i = 0; i < V; ++i)
-                code[i] = at + 32 * i < end ? static_cast<std::int64_t>(from[first_row + at + 32 * i]) : -1;
+                code[i] = row_of(i) < end ? static_cast<std::int64_t>(from[first_row + row_of(i)]) : -1;
         };
         switch (codes.type) {
-            case code_type::int64: load_codes(codes.as<std::int64_t>()); break;
-            case code_type::uint8: load_codes(codes.as<std::uint8_t>()); break;
-            case code_type::uint16: load_codes(codes.as<std::uint16_t>()); break;
-            case code_type::uint32: load_codes(codes.as<std::uint32_t>()); break;
-            default: load_codes(codes.as<std::int32_t>()); break;
+            case code_type::int64: load_from(codes.as<std::int64_t>()); break;
+            case code_type::uint8: load_from(codes.as<std::uint8_t>()); break;
+            case code_type::uint16: load_from(codes.as<std::uint16_t>()); break;
+            case code_type::uint32: load_from(codes.as<std::uint32_t>()); break;
+            default: load_from(codes.as<std::int32_t>()); break;
         }
         bool valid[V];
 #pragma unroll
@@ -62,19 +110,18 @@ struct row_source {
         if (weights) {
 #pragma unroll
             for (int i = 0; i < V; ++i) {
-                const float w = at + 32 * i < end ? weights[first_row + at + 32 * i] : 0.0f;
+                const float w = row_of(i) < end ? weights[first_row + row_of(i)] : 0.0f;
                 valid[i] = valid[i] && w >= 0 && isfinite(w);
             }
         }
         if (distances) {
 #pragma unroll
             for (int i = 0; i < V; ++i)
-                valid[i] = valid[i] && !isnan(at + 32 * i < end ? distances[first_row + at + 32 * i] : 0.0f);
+                valid[i] = valid[i] && !isnan(row_of(i) < end ? distances[first_row + row_of(i)] : 0.0f);
         }
 #pragma unroll
         for (int i = 0; i < V; ++i)
-            r[i] = {valid[i] ? static_cast<std::uint32_t>(code[i]) : coded_row::none,
-                    static_cast<std::uint32_t>(at + 32 * i)};
+            to[i] = valid[i] ? static_cast<std::uint32_t>(code[i]) : std::uint32_t{coded_row::none};
     }
 };
 
@@ -103,11 +150,21 @@ struct sort_block {
     }
 };
 
-/// Rows of each warp of a block, a multiple of 32, when the block takes `tile` rows at a time.
-template <class Block>
-__device__ inline int rows_of_warp(std::int64_t chunk) {
-    const std::int64_t tile = chunk < Block::most_tile ? chunk : Block::most_tile;
-    return static_cast<int>(tile / Block::warps);
+/// Calls use(rows) with the rows of each lane, tile by tile of the block's chunk; a warp has consecutive rows of a
+/// tile, and its lane 0 the first. Whole block.
+template <class Block, class Use>
+__device__ void walk_chunk(const row_source& source, std::int64_t chunk, const Use& use) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const std::int64_t count = source.size(), begin = blockIdx.x * chunk;
+    const std::int64_t end = begin + chunk < count ? begin + chunk : count;
+    const int per_warp = static_cast<int>((chunk < Block::most_tile ? chunk : Block::most_tile) / Block::warps);
+    for (std::int64_t tile = begin; tile < end; tile += Block::warps * per_warp) {
+        const std::int64_t first = tile + warp * per_warp;
+        const std::int64_t stop = first + per_warp < end ? first + per_warp : end;
+        coded_row rows[Block::rows_per_lane];
+        source.load(first + lane, stop, rows);
+        use(rows);
+    }
 }
 
 /// Sets counts and sums to zero; `warp` of `warps`.
@@ -128,23 +185,15 @@ __global__ __launch_bounds__(Block::threads) void count_digits(row_source source
     extern __shared__ std::uint32_t shared_bins[];
     arch::wait_for_predecessor();
     arch::let_successor_start();
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     for (std::uint32_t b = threadIdx.x; b < pass.bins; b += Block::threads) shared_bins[b] = 0;
     __syncthreads();
-    const std::int64_t count = source.size(), begin = blockIdx.x * pass.chunk;
-    const std::int64_t end = begin + pass.chunk < count ? begin + pass.chunk : count;
-    const int per_warp = rows_of_warp<Block>(pass.chunk);
-    for (std::int64_t tile = begin; tile < end; tile += Block::warps * per_warp) {
-        const std::int64_t first = tile + warp * per_warp;
-        const std::int64_t stop = first + per_warp < end ? first + per_warp : end;
-        coded_row rows[Block::rows_per_lane];
-        source.load(first + lane, stop, rows);
+    walk_chunk<Block>(source, pass.chunk, [&](const coded_row(&rows)[Block::rows_per_lane]) {
 #pragma unroll
         for (const coded_row& r : rows)
             if (r.code != coded_row::none) atomicAdd(&shared_bins[pass.digit(r.code)], 1u);
-    }
+    });
     if (clear)
-        clear_sums(counts, sums, std::int64_t{blockIdx.x} * Block::warps + warp,
+        clear_sums(counts, sums, std::int64_t{blockIdx.x} * Block::warps + threadIdx.x / 32,
                    std::int64_t{gridDim.x} * Block::warps);
     __syncthreads();
     for (std::uint32_t b = threadIdx.x; b < pass.bins; b += Block::threads)
@@ -211,7 +260,8 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
     constexpr int words_per_thread = (Block::most_bins / 2 + Block::threads - 1) / Block::threads;
     constexpr int bins_per_thread = Block::most_bins / Block::threads;
     extern __shared__ std::uint32_t shared_start[];  // [bins] where the next row of a bin goes
-    __shared__ std::uint32_t shared_warp_total[Block::warps];
+    using scan = cub::BlockScan<std::uint32_t, Block::threads, cub::BLOCK_SCAN_WARP_SCANS>;
+    __shared__ typename scan::TempStorage shared_scan;
     arch::wait_for_predecessor();
     arch::let_successor_start();
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -227,16 +277,8 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
             value[i] = first + i < pass.bins ? totals[first + i] : 0;
             sum += value[i];
         }
-        std::uint32_t scan = sum;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const std::uint32_t other = __shfl_up_sync(0xFFFFFFFFu, scan, step);
-            if (lane >= step) scan += other;
-        }
-        if (lane == 31) shared_warp_total[warp] = scan;
-        __syncthreads();
-        std::uint32_t start = scan - sum;
-        for (int w = 0; w < warp; ++w) start += shared_warp_total[w];
+        std::uint32_t start;
+        scan(shared_scan).ExclusiveSum(sum, start);
 #pragma unroll
         for (int i = 0; i < bins_per_thread; ++i) {
             if (first + i < pass.bins)
@@ -246,14 +288,7 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
         if (blockIdx.x == 0 && threadIdx.x == Block::threads - 1) *placed = start;
     }
 
-    const std::int64_t count = source.size(), begin = blockIdx.x * pass.chunk;
-    const std::int64_t end = begin + pass.chunk < count ? begin + pass.chunk : count;
-    const int per_warp = rows_of_warp<Block>(pass.chunk);
-    for (std::int64_t tile = begin; tile < end; tile += Block::warps * per_warp) {
-        const std::int64_t first = tile + warp * per_warp;
-        const std::int64_t stop = first + per_warp < end ? first + per_warp : end;
-        coded_row rows[Block::rows_per_lane];
-        source.load(first + lane, stop, rows);
+    walk_chunk<Block>(source, pass.chunk, [&](const coded_row(&rows)[Block::rows_per_lane]) {
         for (std::uint32_t w = lane; w < words; w += 32) shared_words[warp * words + w] = 0;
         __syncwarp();
         std::uint32_t digit[Block::rows_per_lane], peers[Block::rows_per_lane];
@@ -303,7 +338,7 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
             if (2 * w + 1 < pass.bins) shared_start[2 * w + 1] += tile_bins[i] >> 16;
         }
         __syncthreads();
-    }
+    });
 }
 
 }  // namespace cuvq::kernel

@@ -1,0 +1,114 @@
+// cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cuvq/arch/mma_sm80.cuh>
+#include <cuvq/device/certificate.cuh>
+#include <cuvq/device/image.cuh>
+
+namespace cuvq::device {
+
+/// What all rows of one image are measured with. Any values will do, as long as they are the same for all.
+struct image_frame {
+    const float* centre = nullptr;  ///< [D] aligned to 16 bytes
+    float scale = 1;                ///< a power of two
+    float shift = 0;                ///< g of n = g - |C|^2 / 2, see `certificate.cuh`
+};
+
+/// Writes row `r` of a tile of an image (see `image_ref`): that of the code `row`, or, if that is null, of no code.
+/// Called by a whole warp, converged. Lane i < 4 gets entry i of the row's `score_bounds`, as the bits of a float,
+/// which order as integers do since none is negative, and a NaN above Inf; the others get 0, and all do for a code
+/// that is not finite. Everything is measured in double.
+template <class C>
+__device__ int write_image_row(char* tile, const arch::slab_layout& layout, int r, const C* row, int columns,
+                               const image_frame& frame) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int whole = columns / 8, chunks = layout.row_bytes() / 16;  // of 8 columns; nothing but data; all
+    const bool vectors = is_aligned4(row);
+    const double scale = frame.scale;
+    double norm = 0, residual = 0, length = 0;
+    bool finite = row != nullptr;
+    const auto store = [&](int chunk, const __half(&half)[8]) {
+        *reinterpret_cast<uint4*>(tile + layout.offset(image_tile, r, 8 * chunk)) =
+            *reinterpret_cast<const uint4*>(half);
+    };
+    alignas(16) __half last[8] = {};  // in the lane of chunk `whole`: the rest of the data
+#pragma unroll 1
+    for (int chunk = lane; 8 * chunk < columns && row; chunk += 32) {
+        alignas(16) __half half[8];
+        float c[8], m[8];
+        if (vectors && chunk < whole) {
+#pragma unroll
+            for (int e = 0; e < 8; e += 4) {
+                const float4 four = load4(row + 8 * chunk + e), middle = load4(frame.centre + 8 * chunk + e);
+                c[e] = four.x, c[e + 1] = four.y, c[e + 2] = four.z, c[e + 3] = four.w;
+                m[e] = middle.x, m[e + 1] = middle.y, m[e + 2] = middle.z, m[e + 3] = middle.w;
+            }
+        } else {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const int d = 8 * chunk + e;
+                c[e] = d < columns ? static_cast<float>(row[d]) : 0.0f;
+                m[e] = d < columns ? frame.centre[d] : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            finite = finite && isfinite(c[e]);
+            const double v = scale * (widened(c[e]) - widened(m[e]));
+            half[e] = __float2half_rn(static_cast<float>(v));
+            const double rounded = static_cast<double>(__half2float(half[e]));
+            norm += v * v;
+            length += rounded * rounded;
+            residual += (v - rounded) * (v - rounded);
+        }
+        if (chunk < whole) {
+            store(chunk, half);
+        } else {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) last[e] = half[e];
+        }
+    }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        norm += __shfl_xor_sync(0xFFFFFFFFu, norm, step);
+        length += __shfl_xor_sync(0xFFFFFFFFu, length, step);
+        residual += __shfl_xor_sync(0xFFFFFFFFu, residual, step);
+    }
+    finite = __all_sync(0xFFFFFFFFu, finite);
+    const double offset = finite ? static_cast<double>(frame.shift) - 0.5 * norm : -60000.0;
+    __half parts[3];
+    double rest = offset;
+#pragma unroll
+    for (int p = 0; p < 3; ++p) {
+        parts[p] = __float2half_rn(static_cast<float>(rest));
+        rest -= static_cast<double>(__half2float(parts[p]));
+    }
+    if (!finite) parts[1] = parts[2] = __float2half_rn(0.0f);
+        // What follows the data; of a code that is not finite, everything.
+#pragma unroll 1
+    for (int chunk = lane; chunk < chunks; chunk += 32) {
+        if (finite && chunk < whole) continue;
+        alignas(16) __half half[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            const int d = 8 * chunk + e;
+            half[e] = chunk == whole && d < columns && finite ? last[e] : __float2half_rn(0.0f);
+#pragma unroll
+            for (int p = 0; p < 3; ++p)
+                if (d == columns + p) half[e] = parts[p];
+        }
+        store(chunk, half);
+    }
+    if (lane >= 4 || !finite) return 0;
+    constexpr double up = 1.0001;
+    const double root = sqrt(lane == 0 ? length : residual);
+    const double bound = lane < 2 ? root : fabs(lane == 2 ? offset : rest);
+    return __float_as_int(static_cast<float>(bound * up)) & 0x7FFFFFFF;
+}
+
+}  // namespace cuvq::device
