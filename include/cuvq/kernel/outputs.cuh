@@ -178,7 +178,7 @@ __global__ __launch_bounds__(outputs_threads) void write_outputs(const __grid_co
     arch::wait_for_predecessor();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t warp = (std::int64_t{blockIdx.x} * outputs_threads + threadIdx.x) / 32;
-    constexpr int rows = 8;  // of a warp at a time
+    const int rows = a.x.columns <= 16 ? 32 : 8;  // of a warp at a time: several lanes share a wide one
     double loss = 0;
     for (std::int64_t first = warp * rows; first < a.x.rows;
          first += std::int64_t{gridDim.x} * (outputs_threads / 32) * rows) {

@@ -116,16 +116,33 @@ __device__ void settle_light(unsigned open, const row_results& result, int start
                              const matrix_ref<const X>& x, const matrix_ref<const C>& codebook, std::int64_t& code) {
     const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 8;
     const int words = -1 - static_cast<int>(code);  // of this lane's row, if open
-    if (x.columns <= alone_columns) {
-        if (open >> lane & 1) {
-            device::exact_choice choice;
-            for (int i = 0; i < words; ++i) {
-                const int k = result.word[start + lane][i];
-                choice.consider(device::exact_distance_alone(x.row(first + lane), codebook.row(k), x.columns), k);
-            }
-            code = choice.code;
+    if (x.columns <= alone_columns) {  // the candidates of all rows, a lane each
+        constexpr unsigned all = 0xFFFFFFFFu;
+        const int mine = open >> lane & 1 ? words : 0;
+        int end = mine;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int others = __shfl_up_sync(all, end, step);
+            if (lane >= step) end += others;
         }
-        __syncwarp();
+        const int begin = end - mine, total = __shfl_sync(all, end, 31), most = __reduce_max_sync(all, mine);
+        device::exact_choice choice;
+        for (int base = 0; base < total; base += 32) {
+            const int candidate = min(base + lane, total - 1);
+            int row = 0;  // the last that begins at this candidate or before
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2)
+                if (__shfl_sync(all, begin, row + step) <= candidate) row += step;
+            const int k = result.word[start + row][candidate - __shfl_sync(all, begin, row)];
+            const double d = device::exact_distance_alone(x.row(first + row), codebook.row(k), x.columns);
+            for (int i = 0; i < most; ++i) {
+                const int from = begin + i - base;
+                const double other = __shfl_sync(all, d, from & 31);
+                const int other_code = __shfl_sync(all, k, from & 31);
+                if (i < mine && from >= 0 && from < 32) choice.consider(other, other_code);
+            }
+        }
+        if (mine > 0) code = choice.code;
         return;
     }
     while (open != 0) {  // two rows at once where two groups of eight lanes are enough for each
