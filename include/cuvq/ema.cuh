@@ -154,9 +154,8 @@ inline std::size_t ema_update_workspace_bytes(const shape& s, const ema_params& 
 /// @param params rule, decay, dead codes, weights; see `ema_params`.
 /// @param ws     `ema_update_workspace_bytes` of device memory, or empty: allocated on the stream.
 /// @param stream everything runs here, asynchronously; may be captured in a graph: a replay is one more step. One
-/// launch
-///               for a batch of `gather_shapes` (N <= 8192, D <= 1024, and K <= 4096 for D <= 128) under `active_only`
-///               and `clamp` without `usage_ratio`; one more, and a memset, with `params.stats`.
+///               launch for a batch of `gather_shapes` (N <= 8192, D <= 1024, and K <= 4096 for D <= 256) under
+///               `active_only` and `clamp` without `usage_ratio`; one more, and a memset, with `params.stats`.
 /// @throws std::invalid_argument naming the argument, before any launch; cuvq::cuda_error if a CUDA call fails.
 /// Deterministic: bitwise equal from run to run. O(N D + K D) time.
 /// Source: RecTokens `ema_update`; van den Oord et al. 2017, appendix A.1.
