@@ -9,6 +9,7 @@
 #include <cuvq/detail/launch.cuh>
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/dispatch/accumulate.cuh>
+#include <cuvq/dispatch/stats.cuh>
 #include <cuvq/kernel/stats.cuh>
 #include <cuvq/params.hpp>
 #include <cuvq/views.hpp>
@@ -70,8 +71,7 @@ void accumulate(const XView& x, const CodesView& codes, const CountsView& counts
         parts.counts = args.counts.data;
         parts.codes = s.codes;
         parts.invalid_rows = invalid_rows;
-        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0, parts,
-                       params.stats);
+        dispatch::write_stats(parts, params.stats, stream);
     }
 }
 

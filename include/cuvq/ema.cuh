@@ -10,6 +10,7 @@
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/dispatch/accumulate.cuh>
 #include <cuvq/dispatch/ema.cuh>
+#include <cuvq/dispatch/stats.cuh>
 #include <cuvq/kernel/stats.cuh>
 #include <cuvq/params.hpp>
 #include <cuvq/prepare.cuh>
@@ -20,9 +21,10 @@ namespace cuvq {
 
 namespace detail {
 
-/// Counters of an update that reports statistics: [invalid rows, restarted codes, skipped codes].
+/// Counters of an update that reports statistics: [invalid rows, restarted codes, skipped codes, rows without a code].
+/// The last is a search's: all are cleared at once, before the first launch, so that nothing comes between the others.
 struct update_tally {
-    static constexpr std::int64_t size = 3;
+    static constexpr std::int64_t size = 4;
     unsigned long long* counters = nullptr;
 
     update_tally(carver& c, bool reports) {
@@ -32,6 +34,7 @@ struct update_tally {
         if (counters) CUVQ_CHECK_CUDA(cudaMemsetAsync(counters, 0, size * sizeof(*counters), stream));
     }
     unsigned long long* invalid_rows() const { return counters; }
+    unsigned long long* rows_without() const { return counters ? counters + 3 : nullptr; }
     kernel::ema_tally ema() const {
         return counters ? kernel::ema_tally{counters + 1, counters + 2} : kernel::ema_tally{};
     }
@@ -62,14 +65,13 @@ struct update_scratch {
           sums(counts ? counts + s.codes : nullptr) {}
 };
 
-/// accumulate and ema_apply of a checked call.
+/// accumulate and ema_apply of a checked call. The tally is clear.
 template <class T, class X>
 void update(const update_args<T, X>& a, const ema_params& p, const dispatch::provenance& from,
             const kernel::image_refresh& refresh, const update_scratch& m, cudaStream_t stream) {
     const std::int64_t codes = a.state.codebook.rows, columns = a.state.codebook.columns;
     const accumulate_args<X> batch{a.x, a.codes, a.weights, {m.counts, codes}, {m.sums, codes, columns, columns}};
     const ema_args<T, X> apply{a.state, read_only(batch.counts), read_only(batch.sums), a.x, a.replacement_indices};
-    m.tally.clear(stream);
     if (gather_shapes::include(a.x.rows, codes, columns) && !dispatch::needs_total(p)) {
         dispatch::ema_update_gathered(batch, apply, p, from, refresh, p.stats ? m.counts : nullptr,
                                       m.tally.invalid_rows(), m.tally.ema(), stream);
@@ -128,8 +130,7 @@ void ema_apply(const State& state, const CountsView& counts, const SumsView& sum
     if (params.stats) {
         kernel::stats_parts parts = tally.parts(args.counts.data, s.codes);
         parts.invalid_rows = nullptr;
-        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0, parts,
-                       params.stats);
+        dispatch::write_stats(parts, params.stats, stream);
     }
 }
 
@@ -153,9 +154,8 @@ inline std::size_t ema_update_workspace_bytes(const shape& s, const ema_params& 
 /// @param params rule, decay, dead codes, weights; see `ema_params`.
 /// @param ws     `ema_update_workspace_bytes` of device memory, or empty: allocated on the stream.
 /// @param stream everything runs here, asynchronously; may be captured in a graph: a replay is one more step. One
-/// launch
-///               for a batch of `gather_shapes` (N <= 8192, D <= 1024, and K <= 4096 for D <= 128) under `active_only`
-///               and `clamp` without `usage_ratio`; one more, and a memset, with `params.stats`.
+///               launch for a batch of `gather_shapes` (N <= 8192, D <= 1024, and K <= 4096 for D <= 256) under
+///               `active_only` and `clamp` without `usage_ratio`; one more, and a memset, with `params.stats`.
 /// @throws std::invalid_argument naming the argument, before any launch; cuvq::cuda_error if a CUDA call fails.
 /// Deterministic: bitwise equal from run to run. O(N D + K D) time.
 /// Source: RecTokens `ema_update`; van den Oord et al. 2017, appendix A.1.
@@ -170,10 +170,9 @@ void ema_update(const State& state, const XView& x, const CodesView& codes, cons
     const detail::scratch memory(function, ws, ema_update_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
     const detail::update_scratch m(c, s, params);
+    m.tally.clear(stream);
     detail::update(args, params, {}, detail::refresh_of(state.prepared, s.codes, s.dimensions), m, stream);
-    if (params.stats)
-        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0,
-                       m.tally.parts(m.counts, s.codes), params.stats);
+    if (params.stats) dispatch::write_stats(m.tally.parts(m.counts, s.codes), params.stats, stream);
 }
 
 }  // namespace cuvq

@@ -10,6 +10,7 @@
 #include <cuvq/detail/launch.cuh>
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/dispatch/quantize.cuh>
+#include <cuvq/dispatch/stats.cuh>
 #include <cuvq/ema.cuh>
 #include <cuvq/kernel/stats.cuh>
 #include <cuvq/params.hpp>
@@ -34,7 +35,7 @@ struct train_scratch {
     train_scratch(carver& c, const shape& s, const train_params& p) : update(c, s, p), search(c, s, {}) {
         if (p.stats) {
             tally.loss = c.take<double>(dispatch::most_losses);
-            tally.rows_without = c.take<unsigned long long>(1);
+            tally.rows_without = update.tally.rows_without();
         }
         if (is_ambiguous(s.codes)) distances = c.take<float>(s.vectors);
     }
@@ -78,7 +79,7 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
     detail::carver c(memory.data());
     detail::train_scratch m(c, s, params);
     if (state.prepared.data) m.search.use(state.prepared, s.codes, s.dimensions);
-    if (params.stats) CUVQ_CHECK_CUDA(cudaMemsetAsync(m.tally.rows_without, 0, sizeof(*m.tally.rows_without), stream));
+    m.update.tally.clear(stream);
     constexpr auto last_code = static_cast<std::uint64_t>(std::numeric_limits<detail::value_of<CodesView>>::max());
     if (static_cast<std::uint64_t>(s.codes - 1) == last_code) args.quantize.distances = {m.distances, s.vectors};
     const std::int64_t losses = dispatch::quantize<automatic_tile, dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
@@ -93,8 +94,7 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
         parts.rows = s.vectors;
         parts.columns = s.dimensions;
         parts.rows_without = m.tally.rows_without;
-        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0, parts,
-                       params.stats);
+        dispatch::write_stats(parts, params.stats, stream);
     }
 }
 
