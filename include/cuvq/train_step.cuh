@@ -82,8 +82,9 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
     m.update.tally.clear(stream);
     constexpr auto last_code = static_cast<std::uint64_t>(std::numeric_limits<detail::value_of<CodesView>>::max());
     if (static_cast<std::uint64_t>(s.codes - 1) == last_code) args.quantize.distances = {m.distances, s.vectors};
-    const std::int64_t losses = dispatch::quantize<automatic_tile, dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
-        args.quantize, m.tally, m.search, params.accuracy == accuracy::exact, stream);
+    const std::int64_t losses =
+        dispatch::quantize<automatic_tile, dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
+            args.quantize, m.tally, m.search, params.accuracy == accuracy::exact, stream);
     const dispatch::provenance from{true, {args.quantize.distances.data, args.quantize.distances.size}};
     detail::update(args.update, params, from, detail::refresh_of(state.prepared, s.codes, s.dimensions), m.update,
                    stream);

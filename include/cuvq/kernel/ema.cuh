@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/arch/hopper.cuh>
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/ema.cuh>
 #include <cuvq/kernel/gather.cuh>
 #include <cuvq/kernel/image_frame.cuh>

@@ -9,7 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/arch/hopper.cuh>
-#include <cuvq/detail/validate.hpp>
+#include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/device/image.cuh>
 #include <cuvq/device/nearest_mma.cuh>

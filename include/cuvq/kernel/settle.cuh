@@ -116,7 +116,7 @@ __device__ void settle_light(unsigned open, const row_results& result, int start
                              const matrix_ref<const X>& x, const matrix_ref<const C>& codebook, std::int64_t& code) {
     const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 8;
     const int words = -1 - static_cast<int>(code);  // of this lane's row, if open
-    if (x.columns <= alone_columns) {  // the candidates of all rows, a lane each
+    if (x.columns <= alone_columns) {               // the candidates of all rows, a lane each
         constexpr unsigned all = 0xFFFFFFFFu;
         const int mine = open >> lane & 1 ? words : 0;
         int end = mine;
