@@ -93,8 +93,8 @@ inline cudaLaunchAttribute cluster_attribute(unsigned blocks) {
 }
 
 /// The same for a kernel that may start while the one before it in the stream still runs, in clusters of `cluster`
-/// blocks (of one block too: what goes through a cluster's shared memory wants a cluster), or 0: in none. It must wait
-/// for that one by arch::wait_for_predecessor() in every thread, before it reads or writes anything in global memory.
+/// blocks. It must wait for that one by arch::wait_for_predecessor() in every thread, before it reads or writes
+/// anything in global memory.
 template <class... Parameters, class... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
                       std::size_t shared_bytes, unsigned cluster, Arguments&&... arguments) {
@@ -103,7 +103,7 @@ void launch_dependent(void (*kernel)(Parameters...), unsigned blocks, unsigned t
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     config.attrs = attributes;
-    config.numAttrs = cluster > 0 ? 2 : 1;
+    config.numAttrs = cluster > 1 ? 2 : 1;
     CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 }
 
@@ -134,7 +134,7 @@ template <class... Parameters, class... Arguments>
 void launch_next(bool depends, void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
                  std::size_t shared_bytes, Arguments&&... arguments) {
     if (depends)
-        launch_dependent(kernel, blocks, threads, stream, shared_bytes, 0, std::forward<Arguments>(arguments)...);
+        launch_dependent(kernel, blocks, threads, stream, shared_bytes, 1, std::forward<Arguments>(arguments)...);
     else
         launch(kernel, blocks, threads, stream, shared_bytes, std::forward<Arguments>(arguments)...);
 }

@@ -194,14 +194,14 @@ std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const k
     const std::int64_t blocks = std::min<std::int64_t>({processors, groups, most_blocks});
     allow_shared_bytes(search, shared::allocated);
     detail::launch_dependent(search, static_cast<unsigned>(blocks), static_cast<unsigned>(shared::threads), stream,
-                             shared::allocated, 0, args, scratch.image, tally, scratch.aside, skip_tiles, exact,
+                             shared::allocated, 1, args, scratch.image, tally, scratch.aside, skip_tiles, exact,
                              kernel::tag_mask);
     if (scratch.aside.capacity > 0)
-        detail::launch_dependent(kernel::settle_aside<X, C>, settle_blocks, kernel::settle_threads, stream, 0, 0, args,
+        detail::launch_dependent(kernel::settle_aside<X, C>, settle_blocks, kernel::settle_threads, stream, 0, 1, args,
                                  tally, scratch.aside, static_cast<int>(blocks * kernel::finishing_warps));
     if (!kernel::wants_rows(args, tally)) return 0;
     const unsigned output_blocks = detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, processors * 8);
-    detail::launch_dependent(kernel::write_outputs<X, C>, output_blocks, kernel::outputs_threads, stream, 0, 0, args,
+    detail::launch_dependent(kernel::write_outputs<X, C>, output_blocks, kernel::outputs_threads, stream, 0, 1, args,
                              tally);
     return std::int64_t{output_blocks} * (kernel::outputs_threads / 32);
 }

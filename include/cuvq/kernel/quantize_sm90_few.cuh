@@ -59,13 +59,20 @@ struct few_shared {
 
 #if CUVQ_HAS_WGMMA
 
-/// Sends a thread's leaders of a row to `to` in the shared memory of block `owner`, whose `barrier` counts the bytes.
-__device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, std::uint64_t* barrier) {
+/// Sends a thread's leaders of a row to `to` in the shared memory of block `owner`, whose `barrier` counts the bytes;
+/// in a cluster of one, just there.
+__device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, std::uint64_t* barrier, bool alone) {
     using blocks = arch::cluster<few_blocks>;
-    int* there = reinterpret_cast<int*>(blocks::at(to, owner));
-    std::uint64_t* counter = blocks::at(barrier, owner);
     const int first[4] = {lead.best, lead.best_runner, lead.next, lead.next_runner};
     const int second[4] = {max(lead.rest, lead.third), lead.best_tile, lead.next_tile, 0};
+    if (alone) {
+        auto* here = reinterpret_cast<int4*>(to);
+        here[0] = {first[0], first[1], first[2], first[3]};
+        here[1] = {second[0], second[1], second[2], second[3]};
+        return;
+    }
+    int* there = reinterpret_cast<int*>(blocks::at(to, owner));
+    std::uint64_t* counter = blocks::at(barrier, owner);
     cuda::ptx::st_async(there, first, counter);
     cuda::ptx::st_async(there + 4, second, counter);
 }
@@ -250,7 +257,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         arch::cluster<few_blocks>::wait();
         const auto send_row = [&](const leaders& lead, int row) {
             const int owner = row / block_rows;
-            send(lead, leads + ((row - owner * block_rows) * parts + part) * 4 + lane % 4, owner, received);
+            send(lead, leads + ((row - owner * block_rows) * parts + part) * 4 + lane % 4, owner, received,
+                 blocks == 1);
         };
         send_row(lead0, row0);
         send_row(lead1, row0 + 8);
@@ -262,7 +270,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     auto* distance = reinterpret_cast<double*>(base);                              // (most_candidates)
     auto* candidate = reinterpret_cast<int*>(distance + shared::most_candidates);  // (most_candidates)
     auto* candidate_row = candidate + shared::most_candidates;                     // (most_candidates)
-    while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cluster, received, 0)) {
+    if (blocks == 1) __syncthreads();
+    while (blocks > 1 && !ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cluster, received, 0)) {
     }
     const int lanes = min(32 / ((block_rows - 1) / few_warps + 1), parts > 4 ? 32 : 16);  // of a row
     const int start = static_cast<int>(rank) * block_rows, own = lane / lanes * few_warps + warp;
