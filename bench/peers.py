@@ -11,8 +11,9 @@ of its own, torch.compile does not tune). Launches of more than 1 ms are not cap
 wait. What trains is reset before each sample, RecTokens' with idle steps spread as in cuvq_bench. Judged are the codes
 of `quantize` and `train_step`, and the sums of `accumulate`.
 
-Rows go by importance and cost, peer by peer; those that --budget leaves no time for are reported as skipped. Of the
-shapes of the set `scaling`, only the peers that the scaling charts show are timed.
+Rows go by importance and cost, peer by peer; those that --budget leaves no time for, or that a SIGTERM cuts off, are
+reported as skipped; the file is whole after every row. Of the shapes of the set `scaling`, only the peers that the
+scaling charts show are timed.
 """
 
 import argparse
@@ -43,7 +44,7 @@ class Skip(Exception):
 
 
 class OutOfTime(BaseException):
-    """The budget is spent. No Exception, so that no package swallows it."""
+    """The budget is spent, or the run is to end. No Exception, so that few packages swallow it."""
 
 
 def check_memory(size):
@@ -377,11 +378,13 @@ def planned(peers, shapes, scaling_only):
     return sorted(rows, key=lambda row: row[0].grows and math.prod(row[1]) > DEAR)
 
 
-def run(torch, options):
+def run(torch, options, save):
+    """Times all rows; `save`s them, and the seconds that each peer took, after every row. Returns the exit code."""
     entries, unusable, spent = [], {}, {}
-    out_of_time = f"skipped: the budget of {options.budget:g} s is spent"
+    deadline, out_of_time = START + options.budget, f"skipped: the budget of {options.budget:g} s is spent"
     l2_bytes = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)
     problem, truths = None, {}
+    code, measuring = 0, False
 
     def add(name, counters=None, label="", reason=""):
         if reason:
@@ -391,28 +394,41 @@ def run(torch, options):
             entries.append({"name": name, "real_time": counters["us"], "time_unit": "us", **counters, "label": label})
             print(f"{name:<70} {counters['us']:12.2f} us  {label}", flush=True)
 
-    def stop(*_):
-        raise OutOfTime
+    def seconds_by_peer():
+        return ", ".join(f"{who} {s:.0f}" for who, s in spent.items())
 
-    # The row that is running when time is up is given up, as soon as its present call into C returns.
+    def stop(number, _):
+        nonlocal code, deadline, out_of_time
+        if number == signal.SIGTERM:
+            code, deadline, out_of_time = 128 + number, 0, "skipped: the run was ended by SIGTERM"
+        if measuring:
+            raise OutOfTime
+
+    # The row that is running when time is up is given up, as soon as its present call into C returns; and again, lest a
+    # callback somewhere drops the first try.
     signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(0.001, min(START + options.budget - time.monotonic(), 1e6)))
-    code = 0
+    signal.signal(signal.SIGTERM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, min(deadline - time.monotonic(), 1e6)), 2)
     try:
         for peer, shape, distribution in planned(options.peers, options.shapes, options.scaling_only):
             name = row_name(peer, shape, distribution)
             if peer.who in unusable:
                 continue
             began = time.monotonic()
-            if began >= START + options.budget:
+            if began >= deadline:
                 add(name, reason=out_of_time)
                 continue
             try:
-                if problem is None or problem.shape != shape:
-                    problem = None
-                    torch.cuda.empty_cache()
-                    problem = Problem(torch, shape, "cuda", l2_bytes, options.cold, truths)
-                add(name, *measure(peer, problem, distribution, options.time))
+                try:
+                    measuring = True
+                    if problem is None or problem.shape != shape:
+                        problem = None
+                        torch.cuda.empty_cache()
+                        problem = Problem(torch, shape, "cuda", l2_bytes, options.cold, truths)
+                    measured = measure(peer, problem, distribution, options.time)
+                finally:
+                    measuring = False
+                add(name, *measured)
             except OutOfTime:
                 add(name, reason=out_of_time)
             except Skip as e:
@@ -425,15 +441,14 @@ def run(torch, options):
                 torch.cuda.synchronize()  # raises if the GPU is of no use any more
             torch.cuda.empty_cache()
             spent[f"{peer.test}/{peer.who}"] = spent.get(f"{peer.test}/{peer.who}", 0) + time.monotonic() - began
+            save(entries, seconds_by_peer())
     except Exception as e:
         print(f"peers.py: stopped: {first_line(e)}", file=sys.stderr)
         code = 1
-    except OutOfTime:  # between two rows
-        print(f"peers.py: stopped: {out_of_time}", file=sys.stderr)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    seconds_by_peer = ", ".join(f"{who} {s:.0f}" for who, s in spent.items())
-    print(f"peers.py: seconds by peer: {seconds_by_peer}")
-    return entries, code, seconds_by_peer
+    save(entries, seconds_by_peer())
+    print(f"peers.py: seconds by peer: {seconds_by_peer()}")
+    return code
 
 
 class Parser(argparse.ArgumentParser):
@@ -499,7 +514,19 @@ def parse(arguments):
 
 def main(arguments):
     options = parse(arguments)
+    code = 0
     context = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **dict(c.split("=", 1) for c in options.context)}
+
+    def save(entries, seconds_by_peer):
+        context["seconds_by_peer"] = seconds_by_peer
+        if options.out:
+            results.write(options.out, context, entries)
+
+    try:
+        save([], "")  # what cannot be written is not worth measuring
+    except OSError as e:
+        print(f"peers.py: --out: cannot write '{options.out}': {e.strerror}", file=sys.stderr)
+        return 2
     reason = ""
     try:
         torch = module("torch")
@@ -511,7 +538,7 @@ def main(arguments):
         print(f"peers.py: all skipped: {reason}", file=sys.stderr)
         entries = [{"name": f"{p.test}/{p.who}", "error_occurred": True, "error_message": f"skipped: {reason}"}
                    for p in options.peers]
-        code = 0
+        save(entries, "")
     else:
         context.update(device=torch.cuda.get_device_name(0), torch=torch.__version__, cuda_runtime=torch.version.cuda)
         for name in ("triton", "flash_kmeans", "vector_quantize_pytorch"):
@@ -520,9 +547,7 @@ def main(arguments):
             except Skip:
                 pass
         with torch.no_grad():
-            entries, code, context["seconds_by_peer"] = run(torch, options)
-    if options.out:
-        results.write(options.out, context, entries)
+            code = run(torch, options, save)
     return code
 
 

@@ -205,7 +205,7 @@ def rounded(value):
 
 
 def write(path, context, entries):
-    """Google Benchmark's format, a row to a line, numbers to five digits."""
+    """Google Benchmark's format, a row to a line, numbers to five digits. The file is at no time half written."""
     context = {k: v for k, v in context.items() if k not in MACHINE_KEYS}
     lines = []
     for entry in entries:
@@ -218,9 +218,14 @@ def write(path, context, entries):
         if kept.get("error_occurred"):
             kept = {k: v for k, v in kept.items() if k in ("name", "error_occurred", "error_message")}
         lines.append(json.dumps(kept))
-    text = json.dumps(context, indent=1)
-    pathlib.Path(path).write_text(
-        '{"context": ' + text + ',\n"benchmarks": [\n' + ",\n".join(lines) + "\n]}\n")
+    text = '{"context": ' + json.dumps(context, indent=1) + ',\n"benchmarks": [\n' + ",\n".join(lines) + "\n]}\n"
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_file():  # a device or a pipe
+        path.write_text(text)
+        return
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def main(arguments):

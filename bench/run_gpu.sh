@@ -72,7 +72,10 @@ run() {
         echo "run_gpu.sh: $name: exit code $code" >&2
         failed=1
     fi
-    if [ "$code" -ge 124 ]; then rm -f "$out/$name.json"; fi # killed: the file is cut short
+    # Killed: what cuvq_bench was writing is cut short; peers.py's file holds the rows until then.
+    if [ "$code" -ge 124 ] && ! "$python" -m json.tool "$out/$name.json" >/dev/null 2>&1; then
+        rm -f "$out/$name.json"
+    fi
     echo "run_gpu.sh: $name: $((SECONDS - start)) s"
 }
 

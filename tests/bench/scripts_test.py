@@ -139,6 +139,11 @@ class PeersTest(WithResults):
                            ("--hot", "unrecognized arguments: --hot")):
             self.assertEqual(self.silently(peers.parse, [flag]), (2, f"peers.py: {says}\n"))
 
+    def test_an_output_that_cannot_be_written_gets_one_line(self):
+        path = self.directory / "none" / "peers.json"
+        self.assertEqual(self.silently(peers.main, [f"--out={path}"]),
+                         (2, f"peers.py: --out: cannot write '{path}': No such file or directory\n"))
+
     def test_shapes_come_once(self):
         options = peers.parse(["--shape=1024,1024,128", "--shapes=seed,scaling"])
         self.assertEqual(len(options.shapes), 6 + 16 - 2)
