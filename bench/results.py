@@ -5,7 +5,7 @@
 usage: results.py FILE.json...      cuts files that cuvq_bench wrote to what is read of them, in place: no name of the
                                     machine, no paths, one row to a line
        results.py --ratios DIRECTORY   gives the rows of cuvq in the files of one run the counters vs_PEER for those
-                                    peers that peers.py timed
+                                    peers that peers.py timed, and those peers' rows GB/s and of_ceiling
 """
 
 import json
@@ -192,11 +192,21 @@ def add_ratios(directory):
     files = {path: json.loads(path.read_text()) for path in sorted(pathlib.Path(directory).glob("*.json"))}
     peers = [parse_row(e) for path, content in files.items() if path.name.startswith("peers")
              for e in content["benchmarks"]]
+    jobs = {}  # cuvq's row for each: what is to be done, in bytes and against the ceilings, is the same whoever does it
+    for content in files.values():
+        for row in map(parse_row, content["benchmarks"]):
+            if row.who == "cuvq" and row.us:
+                jobs.setdefault((row.test, row.type, row.shape, row.variant), row)
     for path, content in files.items():
         for entry in content["benchmarks"]:
             mine = parse_row(entry)
-            if mine.us is not None:
-                entry.update({"vs_" + p.who: mine.us / p.us for p in peers if comparable(mine, p)})
+            if mine.us is None:
+                continue
+            entry.update({"vs_" + p.who: mine.us / p.us for p in peers if comparable(mine, p)})
+            own = jobs.get((mine.test, mine.type, mine.shape, mine.variant))
+            if own and path.name.startswith("peers"):
+                entry.update({key: own.counters[key] * own.us / mine.us for key in ("GB/s", "of_ceiling")
+                              if key in own.counters})
         write(path, content["context"], content["benchmarks"])
 
 

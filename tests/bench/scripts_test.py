@@ -33,6 +33,7 @@ OWN = [row(f"quantize/cuvq/float/{SHAPE}/codes", 66.0, wrong=0),
        row(f"quantize/cuvq/float/{SHAPE}/prepared", 58.0, wrong=0),
        row(f"quantize/cuvq/float/{SHAPE}/fast", 44.0, wrong=3, label="not exact: 3 of 4096 rows"),
        row(f"ema_update/cuvq/float/{SHAPE}/uniform", 34.0, sum_error=1e-8),
+       row(f"accumulate/cuvq/float/{SHAPE}/uniform", 30.0, **{"GB/s": 1180.0, "of_ceiling": 0.5}),
        row("ceiling/cublas_fp16_product", 1.0, **{"TFLOP/s": 700.0}), row("ceiling/copy", 1.0, **{"GB/s": 2500.0})]
 OTHERS = [row(f"quantize/flash_kmeans/float/{SHAPE}/codes", 88.0, wrong=2, label="WRONG CODES: 2 of 4096 rows"),
           row(f"quantize/torch_addmm_fp32/float/{SHAPE}/codes", 600.0, wrong=0),
@@ -106,6 +107,14 @@ class ResultsTest(WithResults):
         self.assertNotIn("vs_torch_index_add", prepared)
         update = by_name[f"ema_update/cuvq/float/{SHAPE}/uniform"]
         self.assertAlmostEqual(update["vs_torch_index_add"], 34 / 59, places=4)
+
+    def test_peers_get_the_rates_of_the_same_job(self):
+        results.add_ratios(self.directory)
+        by_name = {e["name"]: e for e in json.loads((self.directory / "peers.json").read_text())["benchmarks"]}
+        sums = by_name[f"accumulate/torch_index_add/float/{SHAPE}/uniform"]
+        self.assertAlmostEqual(sums["GB/s"], 1180 * 30 / 59, places=4)
+        self.assertAlmostEqual(sums["of_ceiling"], 0.5 * 30 / 59, places=4)
+        self.assertNotIn("GB/s", by_name[f"quantize/torch_addmm_fp32/float/{SHAPE}/codes"])  # cuvq's row has none
 
 
 class ReadmeTest(WithResults):
