@@ -205,7 +205,7 @@ def pytorch_forms(rows):
     measured = [name for who, name in ways if any(row.us and row.who.startswith(who) for row in rows.rows)]
     if len(measured) == 1:
         return f"¹ {measured[0]}; the run had no time for other ways."
-    return f"¹ The fastest of {', '.join(measured)}."
+    return f"¹ The fastest of {', '.join(measured)}, of those that the run had time for at that shape."
 
 
 def block(rows, directory, readme):
