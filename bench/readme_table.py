@@ -45,7 +45,9 @@ UPDATE = (
     ("cublas_one_hot", "cuBLAS one-hot ¹"),
     ("read_x", "one read of x"),
 )
-UPDATE_RATIOS = ("read_x", "torch_index_add", "rectokens")
+UPDATE_RATIOS = ("read_x", "torch_index_add", "flash_kmeans", "rectokens")
+TRAIN = (("cuvq", "**cuvq**"), ("rectokens", "RecTokens"),
+         ("vector_quantize_pytorch", "vector-quantize-pytorch, host time included"))
 UPDATE_ROWS = (
     ((4096, 512, 64), "uniform"),
     ((65536, 1024, 128), "uniform"),
@@ -183,6 +185,16 @@ def update_table(rows):
     return table("N, K, D, codes", columns, lines) if lines else ""
 
 
+def train_table(rows, sets):
+    lines = []
+    for text, shape in shown(rows, sets):
+        found = [rows.get("train_step", who, shape) for who, _ in TRAIN]
+        if found[0] and found[0].us and any(row and row.us for row in found[1:]):
+            cells = [cell(row.us if row else None, row) for row in found]
+            lines.append((text, [f"**{cells[0]}**", *cells[1:]]))
+    return table("N, K, D", [title for _, title in TRAIN], lines) if lines else ""
+
+
 def own_table(rows, sets, columns):
     lines = []
     for text, shape in shown(rows, sets):
@@ -224,6 +236,7 @@ def block(rows, directory, readme):
     update = update_table(rows)
     if update:
         parts += ["`ema_update`, float32, given codes. ¹ Counts and sums only, no update.\n", update]
+    parts += folded("`train_step`, float32, beside others", train_table(rows, ("seed", "large", "models")))
     own = own_table(rows, ("seed", "large"), OWN)
     if own:
         parts += ["cuvq alone: float32 vectors and codes only, except where said.\n", own]

@@ -131,6 +131,13 @@ class ReadmeTest(WithResults):
         readme_table.main([str(self.directory), str(readme)])
         self.assertEqual(readme.read_text(), text)
 
+    def test_train_step_beside_others(self):
+        rows = [row(f"train_step/cuvq/float/{SHAPE}", 133.0, wrong=0), row(f"train_step/rectokens/float/{SHAPE}", 5000.0)]
+        results.write(self.directory / "train.json", {}, rows)
+        table = readme_table.train_table(results.Results(self.directory), ("large",))
+        self.assertIn("| N, K, D | **cuvq** | RecTokens |", table)
+        self.assertIn("| 65536, 1024, 128 | **133** | 5,000 |", table)
+
     def test_a_readme_without_markers_stays_as_it_is(self):
         readme = self.directory / "README.md"
         readme.write_text("mine\n")
@@ -164,7 +171,7 @@ class PeersTest(WithResults):
                          "cublas_one_hot", "read_x"}
         known = {p.who for p in peers.PEERS} | in_the_binary
         shown = {who.split("/")[0] for names, _ in readme_table.QUANTIZE + readme_table.PYTORCH for who in names}
-        self.assertLessEqual(shown | {who for who, _ in readme_table.UPDATE}, known)
+        self.assertLessEqual(shown | {who for who, _ in readme_table.UPDATE + readme_table.TRAIN}, known)
 
 
 class PlotTest(WithResults):
