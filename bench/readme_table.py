@@ -77,6 +77,12 @@ CHARTS = (
 )
 
 
+# How far medians, and with them ratios, are to be trusted.
+NOISE = ("Rows of one run are timed one after another while the card's clocks move with its power and temperature, so "
+         "long rows (hundreds of µs) of the same work can differ by up to about 10 %: ratios nearer to 1 than that "
+         "decide nothing.")
+
+
 def number(us):
     return "–" if us is None else f"{us:,.0f}" if us >= 100 else f"{us:.1f}"
 
@@ -224,7 +230,7 @@ def block(rows, directory, readme):
     if not rows:
         return NO_RUN
     parts = [f"Medians in µs; {rows.run_text()}. `bench/run_gpu.sh` repeats the run; `cuvq_bench --help` says how each "
-             "row is taken.\n"]
+             f"row is taken. {NOISE}\n"]
     quantize = quantize_table(rows, ("seed", "large"), QUANTIZE)
     if quantize:
         parts += ["`quantize`, float32, codes only. In parentheses: wrong codes among up to 4096 rows. " +
