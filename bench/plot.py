@@ -280,7 +280,10 @@ def main(arguments):
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cuvq", "font.family": "sans-serif",
                                 "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
                                 "font.size": 9, "savefig.facecolor": "white"})
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        results.die(f"{out}: {e.strerror}")
     roofline(rows, out)
     for set_name in ("seed", "models", "large"):
         speedup(rows, set_name, out)

@@ -13,7 +13,7 @@ import results
 from results import quantize_row, quantize_us, update_row, update_us
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-NO_RUN = "No run is recorded yet; `bench/run_gpu.sh` makes one.\n"
+NO_RUN = "No run on a GPU is recorded yet; `bench/run_gpu.sh` makes one.\n"
 
 # Columns: rows that hold the times, of which the fastest counts, and a title.
 QUANTIZE = (
@@ -135,7 +135,14 @@ def ratio(numerator, denominator):
     if numerator is None or not denominator:
         return "–"
     value = numerator / denominator
-    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.4f}"
+    return (f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.4f}").replace("-", "−")
+
+
+def difference(a, b):
+    """a - b; None if it is no more than what such rows vary by."""
+    if a is None or b is None:
+        return None
+    return a - b if abs(a - b) > (0.1 if b >= 100 else 0.02) * b else None
 
 
 def ratios_of(rows):
@@ -143,7 +150,8 @@ def ratios_of(rows):
     if rows.own_variant != "prepared":
         return ""
     return ("Of `quantize` the time with a prepared codebook, but for what quantized rows and distances add and for "
-            "`train_step`: there the codebook is prepared in each call.\n")
+            "`train_step`: there the codebook is prepared in each call. –: not measured, or a difference no larger than "
+            "what such rows vary by.\n")
 
 
 def ratio_table(rows):
@@ -167,7 +175,7 @@ def ratio_table(rows):
             ratio(exact, quantize_us(rows, "flash_kmeans", shape)),
             ratio(exact, best.us if best else None),
             ratio(us("quantize", "float", "fast"), exact),
-            ratio(everything - codes if everything and codes else None, rows.us("floor", "copy_x", shape)),
+            ratio(difference(everything, codes), rows.us("floor", "copy_x", shape)),
             ratio(us("quantize", "half", own), exact),
             ratio(us("quantize", "bfloat16", own), exact),
             ratio(us("quantize", "float", own + "/hard"), exact),
@@ -250,6 +258,8 @@ def block(rows, directory, readme):
     parts += folded("cuvq alone: `ema_update` by type of the vectors and by codes",
                     own_table(rows, ("seed", "large", "models"), OWN_UPDATE))
     parts += folded("cuvq's times divided by others, and by each other", ratios_of(rows), ratio_table(rows))
+    if len(parts) == 1:  # rows of the CPU path at most
+        return NO_RUN
     for file, text in CHARTS:
         if (directory / file).exists():
             path = os.path.relpath(directory / file, readme.parent).replace(os.sep, "/")
@@ -263,7 +273,10 @@ def main(arguments):
         return 0 if arguments in (["-h"], ["--help"]) else 2
     directory = pathlib.Path(arguments[0]) if arguments else results.DEFAULT_DIRECTORY
     readme = pathlib.Path(arguments[1]) if len(arguments) > 1 else results.HERE.parent / "README.md"
-    text = readme.read_text()
+    try:
+        text = readme.read_text()
+    except OSError as e:
+        results.die(f"{readme}: {e.strerror}")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         print(f"readme_table.py: {readme}: wants one {BEGIN} and after it one {END}", file=sys.stderr)
         return 1

@@ -69,6 +69,34 @@ class Row:
         return self.test, self.who, self.type, self.shape, self.variant
 
 
+def die(text):
+    print(f"{pathlib.Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load(path):
+    """A file's content, without the rows that Google Benchmark makes of repetitions; ends the program, in one line, if
+    it is none of the benchmark's."""
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+        content["benchmarks"] = [e for e in content["benchmarks"] if e.get("run_type") != "aggregate"]
+        content["context"].items()
+        for entry in content["benchmarks"]:
+            parse_row(entry)
+    except OSError as e:
+        die(f"{path}: {e.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        die(f"{path}: is no result of the benchmark, or cut short: {type(e).__name__}: {e}")
+    return content
+
+
+def load_all(directory):
+    """{path: content} of a directory's files, in the order of their names."""
+    if not pathlib.Path(directory).is_dir():
+        die(f"{directory}: no such folder")
+    return {path: load(path) for path in sorted(pathlib.Path(directory).glob("*.json"))}
+
+
 def plain_name(name):
     """A row's name without what Google Benchmark adds to it."""
     return re.sub(r"(/iterations:\d+|/repeats:\d+|/manual_time|/real_time)+$", "", name)
@@ -98,10 +126,9 @@ class Results:
 
     def __init__(self, directory=DEFAULT_DIRECTORY):
         self.contexts, rows = [], {}
-        for path in sorted(pathlib.Path(directory).glob("*.json")):
-            content = json.loads(path.read_text())
-            self.contexts.append(content.get("context", {}))
-            for entry in content.get("benchmarks", []):
+        for content in load_all(directory).values():
+            self.contexts.append(content["context"])
+            for entry in content["benchmarks"]:
                 row = parse_row(entry)
                 if row.key not in rows or rows[row.key].us is None:
                     rows[row.key] = row
@@ -189,7 +216,7 @@ def comparable(mine, peer):
 
 
 def add_ratios(directory):
-    files = {path: json.loads(path.read_text()) for path in sorted(pathlib.Path(directory).glob("*.json"))}
+    files = load_all(directory)
     peers = [parse_row(e) for path, content in files.items() if path.name.startswith("peers")
              for e in content["benchmarks"]]
     jobs = {}  # cuvq's row for each: what is to be done, in bytes and against the ceilings, is the same whoever does it
@@ -246,7 +273,7 @@ def main(arguments):
         print(__doc__.strip())
         return 0 if arguments in (["-h"], ["--help"]) else 2
     for path in arguments:
-        content = json.loads(pathlib.Path(path).read_text())
+        content = load(path)
         write(path, content["context"], content["benchmarks"])
     return 0
 

@@ -93,6 +93,16 @@ class ResultsTest(WithResults):
             results.write(self.directory / f"{file}.json", {}, [entry])
         self.assertEqual(results.quantize_us(results.Results(self.directory), "rectokens", (65536, 1024, 128)), 7.0)
 
+    def test_aggregates_of_repetitions_are_no_rows(self):
+        path = self.directory / "a.json"
+        path.write_text(json.dumps({"context": {}, "benchmarks": [
+            {**row(f"accumulate/cuvq/float/{SHAPE}/one", 3.0), "run_type": "iteration"},
+            {**row(f"accumulate/cuvq/float/{SHAPE}/one", 3.0), "name": f"accumulate/cuvq/float/{SHAPE}/one_median",
+             "run_type": "aggregate"}]}))
+        self.assertFalse([r for r in results.Results(self.directory).rows if "median" in r.variant])
+        self.assertEqual(results.main([str(path)]), 0)
+        self.assertEqual(path.read_text().count("accumulate"), 1)
+
     def test_runs_of_two_commits_are_not_mixed(self):
         results.write(self.directory / "a.json", {"commit": "1"}, [])
         results.write(self.directory / "b.json", {"commit": "2"}, [])
@@ -130,6 +140,40 @@ class ReadmeTest(WithResults):
         self.assertTrue(text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text)
         readme_table.main([str(self.directory), str(readme)])
         self.assertEqual(readme.read_text(), text)
+
+    def test_a_missing_folder_or_a_broken_file_gets_one_line(self):
+        readme = self.directory / "README.md"
+        text = f"{readme_table.BEGIN}\nold\n{readme_table.END}\n"
+        readme.write_text(text)
+        missing = self.directory / "none"
+        code, errors = self.silently(readme_table.main, [str(missing), str(readme)])
+        self.assertEqual((code, errors.count("\n"), readme.read_text()), (2, 1, text))
+        self.assertIn(f"{missing}: no such folder", errors)
+        self.assertEqual(self.silently(results.main, [str(missing / "a.json")])[0], 2)
+        self.assertEqual(self.silently(readme_table.main, [str(self.directory), str(missing)])[0], 2)
+        for broken in ("", "[]", '{"context": {}}', '{"context": {}, "benchmarks": [{}]}',
+                       '{"context": {}, "benchmarks": [{"name": "a/b/float/1x2"}, '):
+            (self.directory / "broken.json").write_text(broken)
+            for main, arguments in ((readme_table.main, [str(self.directory), str(readme)]),
+                                    (results.main, ["--ratios", str(self.directory)]),
+                                    (results.main, [str(self.directory / "broken.json")])):
+                code, errors = self.silently(main, arguments)
+                self.assertEqual((code, errors.count("\n"), readme.read_text()), (2, 1, text), broken)
+                self.assertIn("broken.json: is no result", errors)
+
+    def test_a_run_of_the_cpu_path_is_no_run(self):
+        for file in self.directory.glob("*.json"):
+            file.unlink()
+        results.write(self.directory / "cpu.json", {}, [row("quantize/cuvq_reference/float/64x40x8/codes", 9.0)])
+        rows = results.Results(self.directory)
+        self.assertEqual(readme_table.block(rows, self.directory, self.directory / "README.md"), readme_table.NO_RUN)
+
+    def test_small_differences_and_negative_ratios(self):
+        self.assertIsNone(readme_table.difference(1031.0, 1017.0))
+        self.assertIsNone(readme_table.difference(None, 1017.0))
+        self.assertAlmostEqual(readme_table.difference(19.8, 18.1), 1.7)
+        self.assertEqual(readme_table.ratio(-3.0, 2.0), "−1.50")
+        self.assertEqual(readme_table.ratio(None, 2.0), "–")
 
     def test_train_step_beside_others(self):
         rows = [row(f"train_step/cuvq/float/{SHAPE}", 133.0, wrong=0), row(f"train_step/rectokens/float/{SHAPE}", 5000.0)]
