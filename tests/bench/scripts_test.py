@@ -5,10 +5,15 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
+import signal
 import sys
 import tempfile
+import time
+import types
 import unittest
+from unittest import mock
 
 BENCH = pathlib.Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -203,6 +208,34 @@ class PeersTest(WithResults):
         path = self.directory / "none" / "peers.json"
         self.assertEqual(self.silently(peers.main, [f"--out={path}"]),
                          (2, f"peers.py: --out: cannot write '{path}': No such file or directory\n"))
+
+    def test_a_sigterm_costs_the_rows_that_are_left(self):
+        asked, saved = [], []
+
+        def measure(*_):
+            asked.append(1)
+            if len(asked) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)  # not to its end
+            return {"us": 1.0}, ""
+
+        torch = types.SimpleNamespace(cuda=types.SimpleNamespace(
+            get_device_properties=lambda _: None, empty_cache=lambda: None, synchronize=lambda: None))
+        options = peers.parse(["--shapes=seed", "--peers=torch_cdist"])
+        for number in (signal.SIGALRM, signal.SIGTERM):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        with mock.patch.object(peers, "measure", measure), \
+                mock.patch.object(peers, "Problem", lambda _, shape, *more: types.SimpleNamespace(shape=shape)):
+            code, _ = self.silently(peers.run, torch, options, lambda entries, _: saved.append(list(entries)))
+        self.assertEqual((code, len(asked), [len(entries) for entries in saved]), (143, 3, [1, 2, 3, 6]))
+        self.assertEqual([e.get("error_message") for e in saved[-1]],
+                         [None] * 2 + ["skipped: the run was ended by SIGTERM"] * 4)
+
+    def test_the_dear_rows_come_last(self):
+        options = peers.parse(["--shapes=seed,large"])
+        rows = [(p.test, p.who) for p, shape, _ in peers.planned(options.peers, options.shapes, options.scaling_only)]
+        dear = [("rectokens" in who or "compile" in who) for _, who in rows]
+        self.assertEqual(dear, sorted(dear))
 
     def test_shapes_come_once(self):
         options = peers.parse(["--shape=1024,1024,128", "--shapes=seed,scaling"])
