@@ -82,6 +82,7 @@ run() {
     if [ "$code" -ge 124 ] && ! "$python" -m json.tool "$out/$name.json" >/dev/null 2>&1; then
         rm -f "$out/$name.json"
     fi
+    rm -f "$out/$name.json.part"
     echo "run_gpu.sh: $name: $((SECONDS - start)) s"
 }
 
