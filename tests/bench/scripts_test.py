@@ -181,7 +181,8 @@ class ReadmeTest(WithResults):
         self.assertEqual(readme_table.ratio(None, 2.0), "–")
 
     def test_train_step_beside_others(self):
-        rows = [row(f"train_step/cuvq/float/{SHAPE}", 133.0, wrong=0), row(f"train_step/rectokens/float/{SHAPE}", 5000.0)]
+        rows = [row(f"train_step/cuvq/float/{SHAPE}", 133.0, wrong=0),
+                row(f"train_step/rectokens/float/{SHAPE}", 5000.0)]
         results.write(self.directory / "train.json", {}, rows)
         table = readme_table.train_table(results.Results(self.directory), ("large",))
         self.assertIn("| N, K, D | **cuvq** | RecTokens |", table)
