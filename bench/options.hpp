@@ -91,9 +91,11 @@ look finds, which the row's label names (and says so where a second was not
 enough to look at all); cublas_fp16_product: a product of that size alone, by
 cuBLAS, in half precision, written out: a floor for anyone who materializes
 scores; cublas_one_hot: sums as a product with a one-hot matrix;
-cub_sort_reduce: sums by sorting and DeviceReduce::ReduceByKey; floor/copy_x and
-floor/read_x: one copy, one read of the vectors. ceiling/...: the card's copy
-and its half-precision product of 8192x8192x8192 in this run.
+cub_sort_reduce: sums by sorting and DeviceReduce::ReduceByKey, what CUB has by
+itself (a sort followed by a kernel written for it is faster: see flash_kmeans
+in peers.py); floor/copy_x and floor/read_x: one copy, one read of the vectors.
+ceiling/...: the card's copy and its half-precision product of 8192x8192x8192 in
+this run.
 
 Counters
   us, us_min     median and fastest sample, microseconds per call

@@ -397,14 +397,20 @@ private:
     buffer<float> counts_, sums_;
 };
 
-/// Four neighbouring columns of a row at once.
-struct add_float4 {
-    __host__ __device__ float4 operator()(const float4& a, const float4& b) const {
-        return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+/// Neighbouring columns of a row at once: of float32, a sector of memory.
+struct alignas(16) column_chunk {
+    static constexpr int count = 8;
+    float v[count];
+};
+struct add_chunks {
+    __host__ __device__ column_chunk operator()(const column_chunk& a, const column_chunk& b) const {
+        column_chunk sum;
+        for (int i = 0; i < column_chunk::count; ++i) sum.v[i] = a.v[i] + b.v[i];
+        return sum;
     }
 };
 
-/// Item j: columns 4c to 4c + 3 of the i-th row in the order of codes, with j = c N + i. The key is c K + code.
+/// Item j: columns 8c to 8c + 7 of the i-th row in the order of codes, with j = c N + i. The key is c K + code.
 struct sorted_keys {
     const std::int32_t* codes;  // [N] sorted
     std::int32_t rows, most_codes;
@@ -417,21 +423,22 @@ struct sorted_chunks {
     const X* x;
     const std::int32_t* order;  // [N] the row at each place
     std::int32_t rows, dimensions;
-    __host__ __device__ float4 operator()(std::int32_t j) const {
-        const std::int32_t d = j / rows * 4;
+    __host__ __device__ column_chunk operator()(std::int32_t j) const {
+        const std::int32_t d = j / rows * column_chunk::count;
         const X* from = x + static_cast<std::int64_t>(order[j % rows]) * dimensions + d;
-        float v[4];
-        for (int i = 0; i < 4; ++i) v[i] = d + i < dimensions ? static_cast<float>(from[i]) : 0.0f;
-        return make_float4(v[0], v[1], v[2], v[3]);
+        column_chunk c;
+        for (int i = 0; i < column_chunk::count; ++i) c.v[i] = d + i < dimensions ? static_cast<float>(from[i]) : 0.0f;
+        return c;
     }
 };
 
-static __global__ void scatter_sums(const std::int32_t* keys, const float4* values, const std::int32_t* count,
+static __global__ void scatter_sums(const std::int32_t* keys, const column_chunk* values, const std::int32_t* count,
                                     cuvq::shape s, float* sums) {
     for (std::int64_t e = loop_first(); e < *count; e += loop_step()) {
-        const std::int64_t d = keys[e] / s.codes * 4, code = keys[e] % s.codes;
-        const float v[4] = {values[e].x, values[e].y, values[e].z, values[e].w};
-        for (int i = 0; i < 4 && d + i < s.dimensions; ++i) sums[code * s.dimensions + d + i] = v[i];
+        const std::int64_t d = keys[e] / s.codes * column_chunk::count, code = keys[e] % s.codes;
+        const column_chunk c = values[e];
+        for (int i = 0; i < column_chunk::count; ++i)
+            if (d + i < s.dimensions) sums[code * s.dimensions + d + i] = c.v[i];
     }
 }
 static __global__ void scatter_counts(const std::int32_t* keys, const std::int32_t* values, const std::int32_t* count,
@@ -479,9 +486,12 @@ public:
     }
 
 private:
-    static std::int64_t most_keys(const cuvq::shape& s) { return (s.dimensions + 3) / 4 * s.codes; }
+    static std::int64_t chunks_of(const cuvq::shape& s) {
+        return (s.dimensions + column_chunk::count - 1) / column_chunk::count;
+    }
+    static std::int64_t most_keys(const cuvq::shape& s) { return chunks_of(s) * s.codes; }
     static std::int32_t items(const cuvq::shape& s) {
-        const std::int64_t chunks = (s.dimensions + 3) / 4;
+        const std::int64_t chunks = chunks_of(s);
         if (std::max(s.vectors, s.codes) > 0x7FFFFFFF / chunks) throw skipped("has more items than fit in 32 bits");
         return static_cast<std::int32_t>(s.vectors * chunks);
     }
@@ -516,13 +526,13 @@ private:
             j, sorted_chunks<X>{problem_.x_of(set).data_handle(), sorted_order_.data(), rows,
                                 static_cast<std::int32_t>(problem_.shape.dimensions)});
         CUVQ_CHECK_CUDA(cub::DeviceReduce::ReduceByKey(memory, bytes, keys, keys_.data(), values, chunks_.data(),
-                                                       found_.data(), add_float4(), items_, stream));
+                                                       found_.data(), add_chunks(), items_, stream));
     }
 
     const problem<X>& problem_;
     std::int32_t items_;
     buffer<std::int32_t> order_, sorted_codes_, sorted_order_, keys_, lengths_, found_;
-    buffer<float4> chunks_;
+    buffer<column_chunk> chunks_;
     buffer<float> counts_, sums_;
     buffer<char> memory_;
     std::size_t bytes_ = 0;

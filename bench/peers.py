@@ -9,10 +9,13 @@ it, the median of many; standard normal data; vectors that fit in L2 stay there,
 kernel wants of its inputs are made beforehand; packages run with their defaults (flash-kmeans picks its tiles by a rule
 of its own, torch.compile does not tune). Launches of more than 1 ms are not captured: they follow one another behind a
 wait. What trains is reset before each sample, RecTokens' with idle steps spread as in cuvq_bench. Judged are the codes
-of `quantize` and `train_step`, and the sums of `accumulate`.
+of `quantize` and `train_step`, counts and sums of `accumulate`, and the state after one of RecTokens' updates, but for
+the codebook rows of codes that restart, which are drawn. GB/s and of_ceiling are added by `results.py --ratios`, from
+rows of cuvq_bench for the same job.
 
-Rows go by importance and cost, peer by peer; those that --budget leaves no time for are reported as skipped. Of the
-shapes of the set `scaling`, only the peers that the scaling charts show are timed.
+Rows go by importance and cost, peer by peer; those that --budget leaves no time for, or that a SIGTERM cuts off, are
+reported as skipped; the file is whole after every row. Of the shapes of the set `scaling`, only the peers that the
+scaling charts show are timed.
 """
 
 import argparse
@@ -28,9 +31,10 @@ import results
 START = time.monotonic()
 MOST_BYTES = 40e9
 SAMPLED_ROWS = 4096
-MOST_SUM_ERROR = 1e-4  # as in cuvq_bench's rows.hpp
+MOST_SUM_ERROR, MOST_COUNT_ERROR = 1e-4, 5e-7  # as in cuvq_bench's rows.hpp
 DISTRIBUTIONS = ("uniform", "zipf", "one")
 RESTART_AFTER_STEPS = 20
+DECAY = 0.9900000095367432  # 0.99 in float32, as a kernel takes it
 # Cycles for which the device waits before a sample, so that what the host takes to launch it is not timed: 25 to 50 us
 # at clocks of 2 to 1 GHz for a graph, 1 to 2 ms for launches one by one.
 LEAD, LONG_LEAD = 50000, 2000000
@@ -43,7 +47,7 @@ class Skip(Exception):
 
 
 class OutOfTime(BaseException):
-    """The budget is spent. No Exception, so that no package swallows it."""
+    """The budget is spent, or the run is to end. No Exception, so that few packages swallow it."""
 
 
 def check_memory(size):
@@ -122,12 +126,15 @@ class Problem:
         return int((~(known & ((mine == code) | close))).sum())
 
     def true_sums(self, codes):
+        """float64 counts and sums of set 0."""
         sums = self.torch.zeros(self.codebook.shape, device=self.device, dtype=self.torch.float64)
-        return sums.index_add_(0, codes, self.x[0].double())
+        counts = self.torch.bincount(codes.reshape(-1), minlength=self.shape[1]).double()
+        return counts, sums.index_add_(0, codes.reshape(-1), self.x[0].double())
 
 
 def relative_error(value, should):
-    return float((value.double() - should).norm() / should.norm())
+    off = float((value.double() - should).norm())
+    return off / float(should.norm()) if off else 0.0
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------
@@ -242,7 +249,7 @@ def torch_index_add(p, codes):
     def call(s):
         sums.zero_().index_add_(0, codes[s], p.x[s])
         counts.zero_().index_add_(0, codes[s], ones)
-        return sums
+        return counts, sums
 
     return call
 
@@ -259,7 +266,7 @@ def flash_kmeans_sums(p, codes):
         sums.zero_()
         counts.zero_()
         update(x[s], codes[s], codebook, centroid_sums=sums, centroid_cnts=counts, calculate_new=False)
-        return sums[0]
+        return counts[0], sums[0]
 
     return call
 
@@ -281,7 +288,25 @@ class RectokensUpdate:
             to.copy_(origin)
 
     def __call__(self, s):
-        self.update(self.x[s], self.codes[s], *self.state, 0.99, RESTART_AFTER_STEPS)
+        self.update(self.x[s], self.codes[s], *self.state, DECAY, RESTART_AFTER_STEPS)
+
+    def errors(self, p):
+        """Of the state after one update from the start, by set 0 and the codes that it was given."""
+        counts, sums = p.true_sums(self.codes[0])
+        active = counts > 0
+        idle = self.start[3] + 1
+        restarted = ~active & (idle >= RESTART_AFTER_STEPS)
+        idle[active | restarted] = 0
+        sizes = DECAY + (1 - DECAY) * counts
+        sizes[~active] = 1
+        sizes[restarted] = 0
+        sums = DECAY * p.codebook.double() + (1 - DECAY) * sums
+        sums[~active] = p.codebook[~active].double()
+        codebook = sums / sizes[:, None]  # of those that restarted, not looked at
+        sums[restarted] = 0
+        return {"count_error": max(relative_error(self.state[0], sizes), relative_error(self.state[3], idle.double())),
+                "sum_error": relative_error(self.state[1], sums),
+                "codebook_error": relative_error(self.state[2][~restarted], codebook[~restarted])}
 
 
 class RectokensTrain(RectokensUpdate):
@@ -305,22 +330,22 @@ class Peer:
         self.scaling, self.grows = scaling, grows
 
 
-# In the order of the rows. What compiles many kernels comes behind what is compared most; the last ones are there for
-# completeness.
+# In the order of the rows. What compiles many kernels comes behind all others, so that a budget costs the dear ones
+# first.
 PEERS = [
     Peer("quantize", "torch_addmm_fp32", torch_addmm, scaling=True),
     Peer("quantize", "torch_addmm_tf32", torch_addmm, tf32=True, scaling=True),
     Peer("quantize", "flash_kmeans", flash_kmeans_assign, scaling=True),
     Peer("accumulate", "torch_index_add", torch_index_add, distributions=DISTRIBUTIONS, scaling=True),
     Peer("accumulate", "flash_kmeans", flash_kmeans_sums, distributions=DISTRIBUTIONS, scaling=True),
-    Peer("ema_update", "rectokens", RectokensUpdate, distributions=DISTRIBUTIONS, scaling=True, grows=True),
-    Peer("quantize", "torch_compile_tf32", lambda p: torch_addmm(p, True), tf32=True),
-    Peer("quantize", "torch_compile_fp32", lambda p: torch_addmm(p, True)),
     Peer("quantize", "torch_cdist", torch_cdist),
-    Peer("train_step", "rectokens", RectokensTrain, grows=True),
-    Peer("quantize", "rectokens", rectokens_assign),
     Peer("quantize", "vector_quantize_pytorch", lambda p: vector_quantize(p, False), captured=False),
     Peer("train_step", "vector_quantize_pytorch", lambda p: vector_quantize(p, True), captured=False),
+    Peer("ema_update", "rectokens", RectokensUpdate, distributions=DISTRIBUTIONS, scaling=True, grows=True),
+    Peer("quantize", "rectokens", rectokens_assign),
+    Peer("quantize", "torch_compile_tf32", lambda p: torch_addmm(p, True), tf32=True),
+    Peer("quantize", "torch_compile_fp32", lambda p: torch_addmm(p, True)),
+    Peer("train_step", "rectokens", RectokensTrain, grows=True),
 ]
 # Where such a peer is given other codes than uniform ones all the same.
 ANY_CODES = (1048576, 1024, 128)
@@ -347,16 +372,19 @@ def measure(peer, p, distribution, seconds):
     marks = []
     getattr(call, "reset", lambda: None)()
     result = call(0)
-    if peer.test == "quantize":
+    if peer.test in ("quantize", "train_step"):
         counters["TFLOP/s"] = 2e-6 * n * k * d / median
     if peer.test in ("quantize", "train_step"):
         counters["wrong"] = p.wrong(result)
         if counters["wrong"]:
             marks.append(f"WRONG CODES: {counters['wrong']} of {min(n, SAMPLED_ROWS)} rows")
     if peer.test == "accumulate":
-        counters["sum_error"] = relative_error(result, p.true_sums(codes[0]))
-        if not counters["sum_error"] <= MOST_SUM_ERROR:
-            marks.append("WRONG SUMS")
+        counters["count_error"], counters["sum_error"] = map(relative_error, result, p.true_sums(codes[0]))
+    if hasattr(call, "errors"):
+        counters.update(call.errors(p))
+    for what, most in (("count", MOST_COUNT_ERROR), ("sum", MOST_SUM_ERROR), ("codebook", MOST_SUM_ERROR)):
+        if not counters.get(what + "_error", 0) <= most:
+            marks.append(f"WRONG {what.upper()}" + ("" if what == "codebook" else "S"))
     if not peer.captured:
         marks.append("host time included")
     return counters, "; ".join(marks)
@@ -377,11 +405,13 @@ def planned(peers, shapes, scaling_only):
     return sorted(rows, key=lambda row: row[0].grows and math.prod(row[1]) > DEAR)
 
 
-def run(torch, options):
+def run(torch, options, save):
+    """Times all rows; `save`s them, and the seconds that each peer took, after every row. Returns the exit code."""
     entries, unusable, spent = [], {}, {}
-    out_of_time = f"skipped: the budget of {options.budget:g} s is spent"
+    deadline, out_of_time = START + options.budget, f"skipped: the budget of {options.budget:g} s is spent"
     l2_bytes = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)
     problem, truths = None, {}
+    code, measuring = 0, False
 
     def add(name, counters=None, label="", reason=""):
         if reason:
@@ -391,28 +421,41 @@ def run(torch, options):
             entries.append({"name": name, "real_time": counters["us"], "time_unit": "us", **counters, "label": label})
             print(f"{name:<70} {counters['us']:12.2f} us  {label}", flush=True)
 
-    def stop(*_):
-        raise OutOfTime
+    def seconds_by_peer():
+        return ", ".join(f"{who} {s:.0f}" for who, s in spent.items())
 
-    # The row that is running when time is up is given up, as soon as its present call into C returns.
+    def stop(number, _):
+        nonlocal code, deadline, out_of_time
+        if number == signal.SIGTERM:
+            code, deadline, out_of_time = 128 + number, 0, "skipped: the run was ended by SIGTERM"
+        if measuring:
+            raise OutOfTime
+
+    # The row that is running when time is up is given up, as soon as its present call into C returns; and again, lest a
+    # callback somewhere drops the first try.
     signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(0.001, min(START + options.budget - time.monotonic(), 1e6)))
-    code = 0
+    signal.signal(signal.SIGTERM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, min(deadline - time.monotonic(), 1e6)), 2)
     try:
         for peer, shape, distribution in planned(options.peers, options.shapes, options.scaling_only):
             name = row_name(peer, shape, distribution)
             if peer.who in unusable:
                 continue
             began = time.monotonic()
-            if began >= START + options.budget:
+            if began >= deadline:
                 add(name, reason=out_of_time)
                 continue
             try:
-                if problem is None or problem.shape != shape:
-                    problem = None
-                    torch.cuda.empty_cache()
-                    problem = Problem(torch, shape, "cuda", l2_bytes, options.cold, truths)
-                add(name, *measure(peer, problem, distribution, options.time))
+                try:
+                    measuring = True
+                    if problem is None or problem.shape != shape:
+                        problem = None
+                        torch.cuda.empty_cache()
+                        problem = Problem(torch, shape, "cuda", l2_bytes, options.cold, truths)
+                    measured = measure(peer, problem, distribution, options.time)
+                finally:
+                    measuring = False
+                add(name, *measured)
             except OutOfTime:
                 add(name, reason=out_of_time)
             except Skip as e:
@@ -425,14 +468,14 @@ def run(torch, options):
                 torch.cuda.synchronize()  # raises if the GPU is of no use any more
             torch.cuda.empty_cache()
             spent[f"{peer.test}/{peer.who}"] = spent.get(f"{peer.test}/{peer.who}", 0) + time.monotonic() - began
+            save(entries, seconds_by_peer())
     except Exception as e:
         print(f"peers.py: stopped: {first_line(e)}", file=sys.stderr)
         code = 1
-    except OutOfTime:  # between two rows
-        print(f"peers.py: stopped: {out_of_time}", file=sys.stderr)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    print("peers.py: seconds by peer: " + ", ".join(f"{who} {s:.0f}" for who, s in spent.items()))
-    return entries, code
+    save(entries, seconds_by_peer())
+    print(f"peers.py: seconds by peer: {seconds_by_peer()}")
+    return code
 
 
 class Parser(argparse.ArgumentParser):
@@ -498,7 +541,19 @@ def parse(arguments):
 
 def main(arguments):
     options = parse(arguments)
+    code = 0
     context = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **dict(c.split("=", 1) for c in options.context)}
+
+    def save(entries, seconds_by_peer):
+        context["seconds_by_peer"] = seconds_by_peer
+        if options.out:
+            results.write(options.out, context, entries)
+
+    try:
+        save([], "")  # what cannot be written is not worth measuring
+    except OSError as e:
+        print(f"peers.py: --out: cannot write '{options.out}': {e.strerror}", file=sys.stderr)
+        return 2
     reason = ""
     try:
         torch = module("torch")
@@ -510,7 +565,7 @@ def main(arguments):
         print(f"peers.py: all skipped: {reason}", file=sys.stderr)
         entries = [{"name": f"{p.test}/{p.who}", "error_occurred": True, "error_message": f"skipped: {reason}"}
                    for p in options.peers]
-        code = 0
+        save(entries, "")
     else:
         context.update(device=torch.cuda.get_device_name(0), torch=torch.__version__, cuda_runtime=torch.version.cuda)
         for name in ("triton", "flash_kmeans", "vector_quantize_pytorch"):
@@ -519,9 +574,7 @@ def main(arguments):
             except Skip:
                 pass
         with torch.no_grad():
-            entries, code = run(torch, options)
-    if options.out:
-        results.write(options.out, context, entries)
+            code = run(torch, options, save)
     return code
 
 

@@ -275,11 +275,15 @@ def main(arguments):
     if not rows:
         print(f"plot.py: no results in {directory}", file=sys.stderr)
         return 1
-    # Text stays text: small files that can be searched. The fixed salt makes equal results equal files.
+    # Text stays text: small files that can be searched. Equal results make equal files: by the fixed salt, and because
+    # text is measured in the font that matplotlib brings along.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cuvq", "font.family": "sans-serif",
-                                "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans", "sans-serif"],
+                                "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
                                 "font.size": 9, "savefig.facecolor": "white"})
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        results.die(f"{out}: {e.strerror}")
     roofline(rows, out)
     for set_name in ("seed", "models", "large"):
         speedup(rows, set_name, out)

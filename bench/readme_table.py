@@ -13,7 +13,7 @@ import results
 from results import quantize_row, quantize_us, update_row, update_us
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-NO_RUN = "No run is recorded yet; `bench/run_gpu.sh` makes one.\n"
+NO_RUN = "No run on a GPU is recorded yet; `bench/run_gpu.sh` makes one.\n"
 
 # Columns: rows that hold the times, of which the fastest counts, and a title.
 QUANTIZE = (
@@ -45,7 +45,9 @@ UPDATE = (
     ("cublas_one_hot", "cuBLAS one-hot ¹"),
     ("read_x", "one read of x"),
 )
-UPDATE_RATIOS = ("read_x", "torch_index_add", "rectokens")
+UPDATE_RATIOS = ("read_x", "torch_index_add", "flash_kmeans", "rectokens")
+TRAIN = (("cuvq", "**cuvq**"), ("rectokens", "RecTokens"),
+         ("vector_quantize_pytorch", "vector-quantize-pytorch, host time included"))
 UPDATE_ROWS = (
     ((4096, 512, 64), "uniform"),
     ((65536, 1024, 128), "uniform"),
@@ -73,6 +75,12 @@ CHARTS = (
     ("scaling_quantize.svg", "Time of quantize over N, K and D"),
     ("scaling_ema_update.svg", "Time of ema_update over N, K and D"),
 )
+
+
+# How far medians, and with them ratios, are to be trusted.
+NOISE = ("Rows of one run are timed one after another while the card's clocks move with its power and temperature, so "
+         "long rows (hundreds of µs) of the same work can differ by up to about 10 %: ratios nearer to 1 than that "
+         "decide nothing.")
 
 
 def number(us):
@@ -127,7 +135,14 @@ def ratio(numerator, denominator):
     if numerator is None or not denominator:
         return "–"
     value = numerator / denominator
-    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.4f}"
+    return (f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.4f}").replace("-", "−")
+
+
+def difference(a, b):
+    """a - b; None if it is no more than what such rows vary by."""
+    if a is None or b is None:
+        return None
+    return a - b if abs(a - b) > (0.1 if b >= 100 else 0.02) * b else None
 
 
 def ratios_of(rows):
@@ -135,7 +150,8 @@ def ratios_of(rows):
     if rows.own_variant != "prepared":
         return ""
     return ("Of `quantize` the time with a prepared codebook, but for what quantized rows and distances add and for "
-            "`train_step`: there the codebook is prepared in each call.\n")
+            "`train_step`: there the codebook is prepared in each call. –: not measured, or a difference no larger than "
+            "what such rows vary by.\n")
 
 
 def ratio_table(rows):
@@ -159,7 +175,7 @@ def ratio_table(rows):
             ratio(exact, quantize_us(rows, "flash_kmeans", shape)),
             ratio(exact, best.us if best else None),
             ratio(us("quantize", "float", "fast"), exact),
-            ratio(everything - codes if everything and codes else None, rows.us("floor", "copy_x", shape)),
+            ratio(difference(everything, codes), rows.us("floor", "copy_x", shape)),
             ratio(us("quantize", "half", own), exact),
             ratio(us("quantize", "bfloat16", own), exact),
             ratio(us("quantize", "float", own + "/hard"), exact),
@@ -181,6 +197,16 @@ def update_table(rows):
     titles = dict(UPDATE)
     columns = [*titles.values(), *(f"cuvq ÷ {titles[who].removesuffix(' ¹')}" for who in UPDATE_RATIOS)]
     return table("N, K, D, codes", columns, lines) if lines else ""
+
+
+def train_table(rows, sets):
+    lines = []
+    for text, shape in shown(rows, sets):
+        found = [rows.get("train_step", who, shape) for who, _ in TRAIN]
+        if found[0] and found[0].us and any(row and row.us for row in found[1:]):
+            cells = [cell(row.us if row else None, row) for row in found]
+            lines.append((text, [f"**{cells[0]}**", *cells[1:]]))
+    return table("N, K, D", [title for _, title in TRAIN], lines) if lines else ""
 
 
 def own_table(rows, sets, columns):
@@ -205,14 +231,14 @@ def pytorch_forms(rows):
     measured = [name for who, name in ways if any(row.us and row.who.startswith(who) for row in rows.rows)]
     if len(measured) == 1:
         return f"¹ {measured[0]}; the run had no time for other ways."
-    return f"¹ The fastest of {', '.join(measured)}."
+    return f"¹ The fastest of {', '.join(measured)}, of those that the run had time for at that shape."
 
 
 def block(rows, directory, readme):
     if not rows:
         return NO_RUN
     parts = [f"Medians in µs; {rows.run_text()}. `bench/run_gpu.sh` repeats the run; `cuvq_bench --help` says how each "
-             "row is taken.\n"]
+             f"row is taken. {NOISE}\n"]
     quantize = quantize_table(rows, ("seed", "large"), QUANTIZE)
     if quantize:
         parts += ["`quantize`, float32, codes only. In parentheses: wrong codes among up to 4096 rows. " +
@@ -224,6 +250,7 @@ def block(rows, directory, readme):
     update = update_table(rows)
     if update:
         parts += ["`ema_update`, float32, given codes. ¹ Counts and sums only, no update.\n", update]
+    parts += folded("`train_step`, float32, beside others", train_table(rows, ("seed", "large", "models")))
     own = own_table(rows, ("seed", "large"), OWN)
     if own:
         parts += ["cuvq alone: float32 vectors and codes only, except where said.\n", own]
@@ -231,6 +258,8 @@ def block(rows, directory, readme):
     parts += folded("cuvq alone: `ema_update` by type of the vectors and by codes",
                     own_table(rows, ("seed", "large", "models"), OWN_UPDATE))
     parts += folded("cuvq's times divided by others, and by each other", ratios_of(rows), ratio_table(rows))
+    if len(parts) == 1:  # rows of the CPU path at most
+        return NO_RUN
     for file, text in CHARTS:
         if (directory / file).exists():
             path = os.path.relpath(directory / file, readme.parent).replace(os.sep, "/")
@@ -244,7 +273,10 @@ def main(arguments):
         return 0 if arguments in (["-h"], ["--help"]) else 2
     directory = pathlib.Path(arguments[0]) if arguments else results.DEFAULT_DIRECTORY
     readme = pathlib.Path(arguments[1]) if len(arguments) > 1 else results.HERE.parent / "README.md"
-    text = readme.read_text()
+    try:
+        text = readme.read_text()
+    except OSError as e:
+        results.die(f"{readme}: {e.strerror}")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         print(f"readme_table.py: {readme}: wants one {BEGIN} and after it one {END}", file=sys.stderr)
         return 1

@@ -5,7 +5,7 @@
 usage: results.py FILE.json...      cuts files that cuvq_bench wrote to what is read of them, in place: no name of the
                                     machine, no paths, one row to a line
        results.py --ratios DIRECTORY   gives the rows of cuvq in the files of one run the counters vs_PEER for those
-                                    peers that peers.py timed
+                                    peers that peers.py timed, and those peers' rows GB/s and of_ceiling
 """
 
 import json
@@ -69,6 +69,34 @@ class Row:
         return self.test, self.who, self.type, self.shape, self.variant
 
 
+def die(text):
+    print(f"{pathlib.Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load(path):
+    """A file's content, without the rows that Google Benchmark makes of repetitions; ends the program, in one line, if
+    it is none of the benchmark's."""
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+        content["benchmarks"] = [e for e in content["benchmarks"] if e.get("run_type") != "aggregate"]
+        content["context"].items()
+        for entry in content["benchmarks"]:
+            parse_row(entry)
+    except OSError as e:
+        die(f"{path}: {e.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        die(f"{path}: is no result of the benchmark, or cut short: {type(e).__name__}: {e}")
+    return content
+
+
+def load_all(directory):
+    """{path: content} of a directory's files, in the order of their names."""
+    if not pathlib.Path(directory).is_dir():
+        die(f"{directory}: no such folder")
+    return {path: load(path) for path in sorted(pathlib.Path(directory).glob("*.json"))}
+
+
 def plain_name(name):
     """A row's name without what Google Benchmark adds to it."""
     return re.sub(r"(/iterations:\d+|/repeats:\d+|/manual_time|/real_time)+$", "", name)
@@ -98,10 +126,9 @@ class Results:
 
     def __init__(self, directory=DEFAULT_DIRECTORY):
         self.contexts, rows = [], {}
-        for path in sorted(pathlib.Path(directory).glob("*.json")):
-            content = json.loads(path.read_text())
-            self.contexts.append(content.get("context", {}))
-            for entry in content.get("benchmarks", []):
+        for content in load_all(directory).values():
+            self.contexts.append(content["context"])
+            for entry in content["benchmarks"]:
                 row = parse_row(entry)
                 if row.key not in rows or rows[row.key].us is None:
                     rows[row.key] = row
@@ -189,14 +216,24 @@ def comparable(mine, peer):
 
 
 def add_ratios(directory):
-    files = {path: json.loads(path.read_text()) for path in sorted(pathlib.Path(directory).glob("*.json"))}
+    files = load_all(directory)
     peers = [parse_row(e) for path, content in files.items() if path.name.startswith("peers")
              for e in content["benchmarks"]]
+    jobs = {}  # cuvq's row for each: what is to be done, in bytes and against the ceilings, is the same whoever does it
+    for content in files.values():
+        for row in map(parse_row, content["benchmarks"]):
+            if row.who == "cuvq" and row.us:
+                jobs.setdefault((row.test, row.type, row.shape, row.variant), row)
     for path, content in files.items():
         for entry in content["benchmarks"]:
             mine = parse_row(entry)
-            if mine.us is not None:
-                entry.update({"vs_" + p.who: mine.us / p.us for p in peers if comparable(mine, p)})
+            if mine.us is None:
+                continue
+            entry.update({"vs_" + p.who: mine.us / p.us for p in peers if comparable(mine, p)})
+            own = jobs.get((mine.test, mine.type, mine.shape, mine.variant))
+            if own and path.name.startswith("peers"):
+                entry.update({key: own.counters[key] * own.us / mine.us for key in ("GB/s", "of_ceiling")
+                              if key in own.counters})
         write(path, content["context"], content["benchmarks"])
 
 
@@ -205,7 +242,7 @@ def rounded(value):
 
 
 def write(path, context, entries):
-    """Google Benchmark's format, a row to a line, numbers to five digits."""
+    """Google Benchmark's format, a row to a line, numbers to five digits. The file is at no time half written."""
     context = {k: v for k, v in context.items() if k not in MACHINE_KEYS}
     lines = []
     for entry in entries:
@@ -218,9 +255,14 @@ def write(path, context, entries):
         if kept.get("error_occurred"):
             kept = {k: v for k, v in kept.items() if k in ("name", "error_occurred", "error_message")}
         lines.append(json.dumps(kept))
-    text = json.dumps(context, indent=1)
-    pathlib.Path(path).write_text(
-        '{"context": ' + text + ',\n"benchmarks": [\n' + ",\n".join(lines) + "\n]}\n")
+    text = '{"context": ' + json.dumps(context, indent=1) + ',\n"benchmarks": [\n' + ",\n".join(lines) + "\n]}\n"
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_file():  # a device or a pipe
+        path.write_text(text)
+        return
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def main(arguments):
@@ -231,7 +273,7 @@ def main(arguments):
         print(__doc__.strip())
         return 0 if arguments in (["-h"], ["--help"]) else 2
     for path in arguments:
-        content = json.loads(pathlib.Path(path).read_text())
+        content = load(path)
         write(path, content["context"], content["benchmarks"])
     return 0
 

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <limits>
 #include <string>
 #include <utility>
@@ -85,7 +86,9 @@ public:
     std::string out_of_time() const {
         const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start_;
         if (spent.count() < budget_) return "";
-        return "skipped: the budget of " + std::to_string(std::lround(budget_)) + " s is spent";
+        char seconds[32];
+        std::snprintf(seconds, sizeof(seconds), "%.7g", budget_);
+        return std::string("skipped: the budget of ") + seconds + " s is spent";
     }
 
     /// The card's rates, per microsecond, once measured.

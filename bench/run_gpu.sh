@@ -45,10 +45,16 @@ done
 if [ -e "$build/CMakeCache.txt" ] && [ -n "$bench" ]; then
     cmake --build "$build" --target cuvq_bench --parallel # lest an old binary passes for this commit
 elif [ -z "$bench" ]; then
-    cmake -S "$root" -B "$build" -D CMAKE_BUILD_TYPE=Release -D CUVQ_BUILD_BENCH=ON -D CUVQ_BUILD_TESTS=OFF \
-        -D CUVQ_BUILD_EXAMPLES=OFF
+    cmake -S "$root" -B "$build" -D CMAKE_BUILD_TYPE=Release -D CUVQ_ENABLE_CUDA=ON -D CUVQ_BUILD_BENCH=ON \
+        -D CUVQ_BUILD_TESTS=OFF -D CUVQ_BUILD_EXAMPLES=OFF
     cmake --build "$build" --target cuvq_bench --parallel
     bench=$build/bench/cuvq_bench
+fi
+
+# Before the recorded results go: whether there will be others.
+if ! listed=$("$bench" --benchmark_list_tests=true 2>&1) || grep 'no GPU' <<<"$listed" >/dev/null; then
+    echo "run_gpu.sh: $bench does not run on a GPU: $(head -n 1 <<<"$listed")" >&2
+    exit 1
 fi
 
 commit=${CUVQ_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
@@ -72,7 +78,11 @@ run() {
         echo "run_gpu.sh: $name: exit code $code" >&2
         failed=1
     fi
-    if [ "$code" -ge 124 ]; then rm -f "$out/$name.json"; fi # killed: the file is cut short
+    # Killed: what cuvq_bench was writing is cut short; peers.py's file holds the rows until then.
+    if [ "$code" -ge 124 ] && ! "$python" -m json.tool "$out/$name.json" >/dev/null 2>&1; then
+        rm -f "$out/$name.json"
+    fi
+    rm -f "$out/$name.json.part"
     echo "run_gpu.sh: $name: $((SECONDS - start)) s"
 }
 

@@ -5,10 +5,15 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
+import signal
 import sys
 import tempfile
+import time
+import types
 import unittest
+from unittest import mock
 
 BENCH = pathlib.Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -33,6 +38,7 @@ OWN = [row(f"quantize/cuvq/float/{SHAPE}/codes", 66.0, wrong=0),
        row(f"quantize/cuvq/float/{SHAPE}/prepared", 58.0, wrong=0),
        row(f"quantize/cuvq/float/{SHAPE}/fast", 44.0, wrong=3, label="not exact: 3 of 4096 rows"),
        row(f"ema_update/cuvq/float/{SHAPE}/uniform", 34.0, sum_error=1e-8),
+       row(f"accumulate/cuvq/float/{SHAPE}/uniform", 30.0, **{"GB/s": 1180.0, "of_ceiling": 0.5}),
        row("ceiling/cublas_fp16_product", 1.0, **{"TFLOP/s": 700.0}), row("ceiling/copy", 1.0, **{"GB/s": 2500.0})]
 OTHERS = [row(f"quantize/flash_kmeans/float/{SHAPE}/codes", 88.0, wrong=2, label="WRONG CODES: 2 of 4096 rows"),
           row(f"quantize/torch_addmm_fp32/float/{SHAPE}/codes", 600.0, wrong=0),
@@ -92,6 +98,16 @@ class ResultsTest(WithResults):
             results.write(self.directory / f"{file}.json", {}, [entry])
         self.assertEqual(results.quantize_us(results.Results(self.directory), "rectokens", (65536, 1024, 128)), 7.0)
 
+    def test_aggregates_of_repetitions_are_no_rows(self):
+        path = self.directory / "a.json"
+        path.write_text(json.dumps({"context": {}, "benchmarks": [
+            {**row(f"accumulate/cuvq/float/{SHAPE}/one", 3.0), "run_type": "iteration"},
+            {**row(f"accumulate/cuvq/float/{SHAPE}/one", 3.0), "name": f"accumulate/cuvq/float/{SHAPE}/one_median",
+             "run_type": "aggregate"}]}))
+        self.assertFalse([r for r in results.Results(self.directory).rows if "median" in r.variant])
+        self.assertEqual(results.main([str(path)]), 0)
+        self.assertEqual(path.read_text().count("accumulate"), 1)
+
     def test_runs_of_two_commits_are_not_mixed(self):
         results.write(self.directory / "a.json", {"commit": "1"}, [])
         results.write(self.directory / "b.json", {"commit": "2"}, [])
@@ -107,6 +123,14 @@ class ResultsTest(WithResults):
         update = by_name[f"ema_update/cuvq/float/{SHAPE}/uniform"]
         self.assertAlmostEqual(update["vs_torch_index_add"], 34 / 59, places=4)
 
+    def test_peers_get_the_rates_of_the_same_job(self):
+        results.add_ratios(self.directory)
+        by_name = {e["name"]: e for e in json.loads((self.directory / "peers.json").read_text())["benchmarks"]}
+        sums = by_name[f"accumulate/torch_index_add/float/{SHAPE}/uniform"]
+        self.assertAlmostEqual(sums["GB/s"], 1180 * 30 / 59, places=4)
+        self.assertAlmostEqual(sums["of_ceiling"], 0.5 * 30 / 59, places=4)
+        self.assertNotIn("GB/s", by_name[f"quantize/torch_addmm_fp32/float/{SHAPE}/codes"])  # cuvq's row has none
+
 
 class ReadmeTest(WithResults):
     def test_what_was_wrong_is_marked(self):
@@ -121,6 +145,48 @@ class ReadmeTest(WithResults):
         self.assertTrue(text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text)
         readme_table.main([str(self.directory), str(readme)])
         self.assertEqual(readme.read_text(), text)
+
+    def test_a_missing_folder_or_a_broken_file_gets_one_line(self):
+        readme = self.directory / "README.md"
+        text = f"{readme_table.BEGIN}\nold\n{readme_table.END}\n"
+        readme.write_text(text)
+        missing = self.directory / "none"
+        code, errors = self.silently(readme_table.main, [str(missing), str(readme)])
+        self.assertEqual((code, errors.count("\n"), readme.read_text()), (2, 1, text))
+        self.assertIn(f"{missing}: no such folder", errors)
+        self.assertEqual(self.silently(results.main, [str(missing / "a.json")])[0], 2)
+        self.assertEqual(self.silently(readme_table.main, [str(self.directory), str(missing)])[0], 2)
+        for broken in ("", "[]", '{"context": {}}', '{"context": {}, "benchmarks": [{}]}',
+                       '{"context": {}, "benchmarks": [{"name": "a/b/float/1x2"}, '):
+            (self.directory / "broken.json").write_text(broken)
+            for main, arguments in ((readme_table.main, [str(self.directory), str(readme)]),
+                                    (results.main, ["--ratios", str(self.directory)]),
+                                    (results.main, [str(self.directory / "broken.json")])):
+                code, errors = self.silently(main, arguments)
+                self.assertEqual((code, errors.count("\n"), readme.read_text()), (2, 1, text), broken)
+                self.assertIn("broken.json: is no result", errors)
+
+    def test_a_run_of_the_cpu_path_is_no_run(self):
+        for file in self.directory.glob("*.json"):
+            file.unlink()
+        results.write(self.directory / "cpu.json", {}, [row("quantize/cuvq_reference/float/64x40x8/codes", 9.0)])
+        rows = results.Results(self.directory)
+        self.assertEqual(readme_table.block(rows, self.directory, self.directory / "README.md"), readme_table.NO_RUN)
+
+    def test_small_differences_and_negative_ratios(self):
+        self.assertIsNone(readme_table.difference(1031.0, 1017.0))
+        self.assertIsNone(readme_table.difference(None, 1017.0))
+        self.assertAlmostEqual(readme_table.difference(19.8, 18.1), 1.7)
+        self.assertEqual(readme_table.ratio(-3.0, 2.0), "−1.50")
+        self.assertEqual(readme_table.ratio(None, 2.0), "–")
+
+    def test_train_step_beside_others(self):
+        rows = [row(f"train_step/cuvq/float/{SHAPE}", 133.0, wrong=0),
+                row(f"train_step/rectokens/float/{SHAPE}", 5000.0)]
+        results.write(self.directory / "train.json", {}, rows)
+        table = readme_table.train_table(results.Results(self.directory), ("large",))
+        self.assertIn("| N, K, D | **cuvq** | RecTokens |", table)
+        self.assertIn("| 65536, 1024, 128 | **133** | 5,000 |", table)
 
     def test_a_readme_without_markers_stays_as_it_is(self):
         readme = self.directory / "README.md"
@@ -139,6 +205,39 @@ class PeersTest(WithResults):
                            ("--hot", "unrecognized arguments: --hot")):
             self.assertEqual(self.silently(peers.parse, [flag]), (2, f"peers.py: {says}\n"))
 
+    def test_an_output_that_cannot_be_written_gets_one_line(self):
+        path = self.directory / "none" / "peers.json"
+        self.assertEqual(self.silently(peers.main, [f"--out={path}"]),
+                         (2, f"peers.py: --out: cannot write '{path}': No such file or directory\n"))
+
+    def test_a_sigterm_costs_the_rows_that_are_left(self):
+        asked, saved = [], []
+
+        def measure(*_):
+            asked.append(1)
+            if len(asked) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)  # not to its end
+            return {"us": 1.0}, ""
+
+        torch = types.SimpleNamespace(cuda=types.SimpleNamespace(
+            get_device_properties=lambda _: None, empty_cache=lambda: None, synchronize=lambda: None))
+        options = peers.parse(["--shapes=seed", "--peers=torch_cdist"])
+        for number in (signal.SIGALRM, signal.SIGTERM):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        with mock.patch.object(peers, "measure", measure), \
+                mock.patch.object(peers, "Problem", lambda _, shape, *more: types.SimpleNamespace(shape=shape)):
+            code, _ = self.silently(peers.run, torch, options, lambda entries, _: saved.append(list(entries)))
+        self.assertEqual((code, len(asked), [len(entries) for entries in saved]), (143, 3, [1, 2, 3, 6]))
+        self.assertEqual([e.get("error_message") for e in saved[-1]],
+                         [None] * 2 + ["skipped: the run was ended by SIGTERM"] * 4)
+
+    def test_the_dear_rows_come_last(self):
+        options = peers.parse(["--shapes=seed,large"])
+        rows = [(p.test, p.who) for p, shape, _ in peers.planned(options.peers, options.shapes, options.scaling_only)]
+        dear = [("rectokens" in who or "compile" in who) for _, who in rows]
+        self.assertEqual(dear, sorted(dear))
+
     def test_shapes_come_once(self):
         options = peers.parse(["--shape=1024,1024,128", "--shapes=seed,scaling"])
         self.assertEqual(len(options.shapes), 6 + 16 - 2)
@@ -150,7 +249,7 @@ class PeersTest(WithResults):
                          "cublas_one_hot", "read_x"}
         known = {p.who for p in peers.PEERS} | in_the_binary
         shown = {who.split("/")[0] for names, _ in readme_table.QUANTIZE + readme_table.PYTORCH for who in names}
-        self.assertLessEqual(shown | {who for who, _ in readme_table.UPDATE}, known)
+        self.assertLessEqual(shown | {who for who, _ in readme_table.UPDATE + readme_table.TRAIN}, known)
 
 
 class PlotTest(WithResults):
