@@ -247,6 +247,21 @@ TEST_F(AccumulateTest, RowsLeftOutAroundTheEndsOfRuns) {
         }
 }
 
+TEST_F(AccumulateSmall, AHeavyRowThatIsNotFiniteLeavesNothingOfItsWeight) {
+    for (const std::int64_t n : {3, 9000})  // the rest belongs to another code
+        for (const std::int64_t d : {1, 5, 200})
+            for (const auto& [heavy, light] : {std::pair{1e30f, 1.0f}, std::pair{0x1p54f, 0.5f}}) {
+                const auto x = matrix<float>::generate(n, d, [](auto i, auto) { return i < 2 ? nan : 1.0f; });
+                codes_t codes(static_cast<std::size_t>(n), 1);
+                codes[0] = codes[1] = codes[2] = 0;
+                std::vector<float> weights(static_cast<std::size_t>(n), light);
+                weights[0] = heavy;
+                weights[1] = 1;
+                const auto got = expect_sums(x, codes, 2, weights);
+                EXPECT_EQ(got.counts[0], light) << n << " rows, D = " << d;
+            }
+}
+
 TEST_F(AccumulateSmall, DimensionsOneToAHundredAndThirty) {
     random_source random;
     for (std::int64_t d = 1; d <= 130; ++d)

@@ -193,26 +193,29 @@ TEST_F(EmaSmall, EveryCodeType) {
 
 TEST_F(EmaSmall, UpdateIsAccumulateThenApply) {
     random_source random;
-    const auto x = random.normals<float>(500, 12);
-    const auto codes = skewed_codes(random, 500, 30);
-    auto params = ema_params::mimi();
-    params.check_every = 1;
-    const auto before = trained_state<float>(random, 30, 12);
-    update_memory<float, float> fused(before, x, codes, params);
-    fused.run();
-    update_memory<float, float> parts(before, x, codes, params);
-    device_array<float> counts(30);
-    device_matrix<float> sums(30, 12);
-    accumulate(parts.x.view(), parts.codes.view(), counts.view(), sums.view());
-    ema_apply(parts.state.view(), counts.view(), sums.view(), parts.x.view(), params);
-    EXPECT_TRUE(same_state(fused.state.download(), parts.state.download()));
+    auto every_step = ema_params::mimi();
+    every_step.check_every = 1;
+    for (const auto& params : {ema_params::rectokens(), every_step})  // in one launch, and in several
+        for (const std::int64_t d : {12, 200}) {
+            const auto x = random.normals<float>(500, d);
+            const auto codes = skewed_codes(random, 500, 30);
+            const auto before = trained_state<float>(random, 30, d);
+            update_memory<float, float> fused(before, x, codes, params);
+            fused.run();
+            update_memory<float, float> parts(before, x, codes, params);
+            device_array<float> counts(30);
+            device_matrix<float> sums(30, d);
+            accumulate(parts.x.view(), parts.codes.view(), counts.view(), sums.view());
+            ema_apply(parts.state.view(), counts.view(), sums.view(), parts.x.view(), params);
+            EXPECT_TRUE(same_state(fused.state.download(), parts.state.download())) << "D = " << d;
+        }
 }
 
 // ---- shapes ---------------------------------------------------------------------------------------------------------
 
 TEST_F(EmaSmall, OddDimensions) {
     random_source random;
-    auto params = every_rule()[6].second;  // laplace, min_cluster_size
+    auto params = every_rule()[6].second;  // laplace, unused_steps
     params.restart_after_steps = 1;
     for (const std::int64_t d : {1, 2, 3, 7, 31, 32, 33, 65, 127, 130})
         expect_updated(trained_state<float>(random, 11, d), random.normals<float>(70, d), skewed_codes(random, 70, 11),

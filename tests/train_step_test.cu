@@ -276,7 +276,7 @@ TEST_F(TrainStepSmall, AnImageFollowsEveryRule) {
         SCOPED_TRACE(name);
         expect_image_follows(
             trained_state<float>(random, 60, 9), params, 4,
-            [&](int step) { return batches[static_cast<std::size_t>(step)]; }, inf);
+            [&](int step) { return batches[static_cast<std::size_t>(step)]; }, 200.0f);
     }
 }
 
@@ -583,13 +583,13 @@ TEST_F(TrainStepTest, TwoStreamsAtOnce) {
 }
 
 /// Five replays of a captured step against five eager ones. The capture comes first: it must not need a warm-up.
-void expect_replays_are_steps(bool lends) {
+void expect_replays_are_steps(bool lends, std::int64_t n = 60, std::int64_t k = 80, std::int64_t d = 6) {
     random_source random;
     for (const auto& [name, params] : presets()) {
         SCOPED_TRACE(name);
-        auto before = trained_state<float>(random, 80, 6);
+        auto before = trained_state<float>(random, k, d);
         for (auto& steps : before.steps_since_active) steps += 16;  // so that rectokens restarts some
-        train_memory<float, float> memory(before, random.normals<float>(60, 6), params);
+        train_memory<float, float> memory(before, random.normals<float>(n, d), params);
         const device_workspace ws(memory.workspace_bytes());
         const workspace lent = lends ? ws.lent() : workspace{};
         captured_graph graph([&](cudaStream_t stream) { memory.run(lent, stream); });
@@ -620,6 +620,8 @@ void expect_replays_are_steps(bool lends) {
 TEST_F(TrainStepSmall, ReplaysInALentWorkspaceAreSteps) { expect_replays_are_steps(true); }
 
 TEST_F(TrainStepSmall, ReplaysThatAllocateAreSteps) { expect_replays_are_steps(false); }
+
+TEST_F(TrainStepTest, ReplaysOfManyRowsAndCodesAreSteps) { expect_replays_are_steps(true, 10000, 3000, 20); }
 
 // ---- beyond 2^31 ----------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@
 
 namespace cuvq {
 
-/// Bytes of workspace that `accumulate` takes for this shape and these params: at most 24 per row and two copies of the
-/// codebook, and a few kilobytes.
+/// Bytes of workspace that `accumulate` takes for this shape and these params: at most 24 per row and four copies of
+/// the codebook, and 64 KB.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t accumulate_workspace_bytes(const shape& s, const accumulate_params& = {}) {
     detail::check_shape("accumulate_workspace_bytes", s);
@@ -44,7 +44,7 @@ inline std::size_t accumulate_workspace_bytes(const shape& s, const accumulate_p
 ///               outside [0, K), whose weight is negative or not finite, or which hold a NaN or Inf are left out and
 ///               counted in `step_stats::invalid_rows`.
 /// @param counts [K] out, float, device memory: n_k = sum of weights (without weights counted in integers and rounded
-///               once). Added onto when `params.add`.
+///               once, or once for every 2^30 rows). Added onto when `params.add`.
 /// @param sums   [K x D] out, float, device memory: s_k = sum of weight * x, with an error of at most
 ///               2^-22 sqrt(n) sum |w x| per element. Added onto when `params.add`. K at most 2^32 - 2.
 /// @param params weights, add, where to write `step_stats` (device memory).

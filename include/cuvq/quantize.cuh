@@ -37,9 +37,9 @@ struct quantize_scratch {
 }  // namespace detail
 
 /// Bytes of workspace that `quantize` takes for this shape and these params: `prepared_codebook_bytes` unless
-/// `params.prepared` is there; for K > 2048, 24 bytes per row but at most 9 MB; for up to
-/// 8192 rows, 12 bytes per row and 128 codes but at most 192 KB and 1.5 bytes per element of the codebook; with
-/// `params.stats`, 8 bytes per code and 256 KB.
+/// `params.prepared` is there; for K > 2048, 24 bytes per row but at most 9 MB, and 21 KB; for up to 8192 rows, 12
+/// bytes per row and 128 codes but at most 192 KB and 1.5 bytes per element of the codebook; with `params.stats`, 8
+/// bytes per code and 256 KB.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_params& params = {}) {
     detail::check_shape("quantize_workspace_bytes", s);
@@ -51,8 +51,8 @@ inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_param
 /// The nearest codebook row of every vector.
 ///
 /// @tparam Tile     usually left out: the kernel and its sizes are chosen by device, types, N, K and D. Or a tile of
-///                  `dispatch/tuning.cuh`, or of your own sizes: that one alone is compiled and launched. It changes
-///                  nothing but the speed.
+///                  `dispatch/tuning.cuh`, or of your own sizes: that one alone is compiled and launched. Exact codes
+///                  do not depend on it; those of `accuracy::fast` are exact with all but an sm90_tile.
 /// @param x         [N x D] device memory; float, __half or __nv_bfloat16; N >= 0. Rows may be strided.
 /// @param codebook  [K x D] device memory; float or the type of x; K, D >= 1. A row with a NaN or Inf is never chosen.
 /// @param codes     [N] out, device memory; int32, int64, uint8, uint16 or uint32 with room for K - 1. The lowest k
@@ -68,7 +68,7 @@ inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_param
 /// @throws std::invalid_argument naming the argument, before any launch: shapes that do not match, null or misaligned
 ///         pointers, outputs that overlap other arguments, K = 0 or D = 0, codes too narrow for K, workspace too
 ///         small, a Tile that this device, build, K or D has no use for. cuvq::cuda_error if a CUDA call fails.
-/// Deterministic: equal inputs give bitwise equal outputs; the codes also on every card. O(N K D) time, no N x K
+/// Deterministic: equal inputs give bitwise equal outputs; exact codes also on every card. O(N K D) time, no N x K
 /// memory. With N = 0 no output is touched.
 /// Source: van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2017, eq. 1 and 2.
 template <class Tile = automatic_tile, class XView, class CodebookView, class CodesView,

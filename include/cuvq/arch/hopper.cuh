@@ -10,8 +10,8 @@
 
 namespace cuvq::arch {
 
-/// Waits until the kernels before this one on the stream are done and their writes visible. First of all that a kernel
-/// launched by `detail::launch_dependent` does.
+/// Waits until the kernels before this one on the stream are done and their writes visible. What a kernel launched by
+/// `detail::launch_dependent` does before it touches global memory.
 __device__ inline void wait_for_predecessor() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -57,7 +57,7 @@ __device__ ema_size blended_size(const ema_arrays<T, R>& a, const ema_params& p,
 /// Blend and codebook refresh of code k, and its counter of unused steps, by the rule in `p` (see `ema_rule` for the
 /// formulas and their sources).
 ///
-/// @param a  arrays: state in/out, counts and sums in; global memory.
+/// @param a  arrays: state in/out, in global memory; counts and sums in, in any.
 /// @param e  the step; `total` only for `ema_rule::laplace`.
 /// @param s  `blended_size` of k.
 /// Called by a whole warp, converged. Returns true if the code was left wholly as it was, since its counts, sums or

@@ -89,7 +89,7 @@ __device__ int write_image_row(char* tile, const arch::slab_layout& layout, int 
         rest -= static_cast<double>(__half2float(parts[p]));
     }
     if (!finite) parts[1] = parts[2] = __float2half_rn(0.0f);
-        // What follows the data; of a code that is not finite, everything.
+// What follows the data; of a code that is not finite, everything.
 #pragma unroll 1
     for (int chunk = lane; chunk < chunks; chunk += 32) {
         if (finite && chunk < whole) continue;

@@ -70,7 +70,8 @@ struct wide_row_leaders {
 };
 
 /// The least score that a row's nearest code can have when `best` is the largest and `error` its bound; `least_score`
-/// where none can be told: not above 0, where integers do not order scores, or NaN. Never falls while `best` rises.
+/// where none can be told: not above 0, where integers do not order scores, or NaN. While `best`
+/// rises, it falls by no more than its slack allows.
 __device__ inline int least_candidate(int best, float error) {
     // A tag moved the two scores by up to 32 units in the last place each.
     const float score = __int_as_float(best), limit = score - 2.0002f * error - 0x1.2p-17f * score;

@@ -98,6 +98,8 @@ __device__ std::int64_t settle(const contenders& mine, const X* row, const matri
 template <class Policy, std::size_t D = dynamic_extent, class X, class C>
 __device__ void nearest(nearest_storage<Policy>& storage, const matrix_ref<const X>& rows,
                         const matrix_ref<const C>& codebook, std::int64_t* codes) {
+    static_assert(Policy::codes % 16 == 0 && Policy::rows * 16 % Policy::threads == 0 && Policy::depth % 4 == 0,
+                  "cuvq: sizes of a simt_tile: 16 divides codes, threads divides 16 rows, 4 divides depth");
     constexpr int R = Policy::rows * 16 / Policy::threads, J = Policy::codes / 16;
     const std::int64_t columns = D == dynamic_extent ? rows.columns : static_cast<std::int64_t>(D);
     const int x = static_cast<int>(threadIdx.x) % 16, y = static_cast<int>(threadIdx.x) / 16;

@@ -119,6 +119,7 @@ struct search_scratch {
         const std::int64_t groups = (s.vectors + kernel::row_results::rows - 1) / kernel::row_results::rows;
         const std::int64_t segments = std::min<std::int64_t>(groups * kernel::finishing_warps, kernel::most_segments);
         aside.capacity = segments > 0 ? static_cast<int>(std::min<std::int64_t>(s.vectors * 3 / 4 / segments, 256)) : 0;
+        if (aside.capacity == 0) return;
         aside.rows = c.take<kernel::row_aside>(segments * aside.capacity);
         aside.used = c.take<int>(segments);
         aside.shared = c.take<kernel::shared_row>(kernel::most_shared_rows);
@@ -155,6 +156,16 @@ bool is_compiled(void (*kernel)(Parameters...), int threads) {
     cudaFuncAttributes attributes;
     CUVQ_CHECK_CUDA(cudaFuncGetAttributes(&attributes, kernel));
     return attributes.maxThreadsPerBlock >= threads;
+}
+
+/// Whether a block of a kernel has so much dynamic shared memory on a device, beside what it declares.
+template <class... Parameters>
+bool fits_shared(void (*kernel)(Parameters...), int bytes, int device) {
+    int most = 0;
+    cudaFuncAttributes attributes;
+    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    CUVQ_CHECK_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+    return bytes + static_cast<std::int64_t>(attributes.sharedSizeBytes) <= most;
 }
 
 template <class... Parameters>
@@ -214,7 +225,9 @@ bool serves_sm90(std::int64_t codes, std::int64_t dimensions) {
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     return major == 9 && codes < kernel::row_results::most_codes && Tile::steps == image_layout(dimensions).steps &&
-           is_compiled(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_threads);
+           is_compiled(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_threads) &&
+           fits_shared(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_shared<Tile>::allocated, device) &&
+           fits_shared(kernel::quantize_sm90<Tile, X, C>, kernel::sm90_shared<Tile>::allocated, device);
 }
 
 /// Prepares the codebook and searches it on Hopper's tensor cores. False, with nothing launched, where `serves_sm90`

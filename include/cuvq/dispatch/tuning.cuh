@@ -1,7 +1,7 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// The tile table: sizes only, no code. `quantize<Tile>` takes one of these, or another of the same shape, in place of
-// the table's choice.
+// The tile table: sizes, and what follows from them. `quantize<Tile>` takes one of these, or another of the same shape,
+// in place of the table's choice.
 #pragma once
 
 namespace cuvq {

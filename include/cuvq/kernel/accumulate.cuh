@@ -199,8 +199,8 @@ __device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail
 #pragma unroll
                     for (int c = 0; c < columns_per_lane; ++c)
                         segment.sum[c] += static_cast<double>(weight) * static_cast<double>(value[0][c]);
+                    segment.count += weight;
                 } else {
-                    segment.count -= weight;
                     ++left_out;
                 }
             }
@@ -236,18 +236,20 @@ __device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail
                         marks &= marks - 1;
                     }
                     const int to = marks ? __ffs(static_cast<int>(marks)) - 1 : in_batch;
+                    double weights = a.weights ? 0 : to - from;
 #pragma unroll
                     for (int j = 0; j < batch; ++j) {
                         const float weight = a.weights ? __shfl_sync(0xFFFFFFFFu, own_weight, j0 + j) : 1.0f;
                         if (j < from || j >= to) continue;
                         device::accumulate_row(segment.part, value[j], weight, columns_per_lane, 0, 1);
-                        if (a.weights) segment.count += weight;
+                        if (a.weights) weights += weight;
                     }
-                    if (!a.weights) segment.count += to - from;
-                    if (segment.is_sound())
+                    if (segment.is_sound()) {
                         segment.fold();
-                    else
+                        segment.count += weights;
+                    } else {
                         add_one_by_one(mine, own_weight, j0 + from, j0 + to);
+                    }
                     from = to;
                 }
             }

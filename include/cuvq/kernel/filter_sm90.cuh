@@ -21,7 +21,6 @@ struct row_results {
     static constexpr int everything = 0x7FFFFFFF;  // the whole codebook
     static constexpr std::int64_t most_codes = 1 << 29;
 
-    int best[rows];         // the largest tagged score
     int code[rows];         // the code, or -1 - n: open, to be settled from n words
     int word[rows][words];  // candidates of an open row
 };
@@ -78,8 +77,8 @@ struct leaders {
 };
 
 /// The least tagged score that a row's nearest code can have when `best` is the largest; the least
-/// integer where none can be told: not above 0, where integers do not order scores, or NaN. Never falls while `best`
-/// rises.
+/// integer where none can be told: not above 0, where integers do not order scores, or NaN. While `best` rises, it
+/// falls by no more than its slack allows.
 __device__ inline int least_candidate(int best, float error) {
     // A tag moved the two scores by up to 32 units in the last place each.
     const float score = __int_as_float(best), limit = score - 2.0002f * error - 0x1.2p-17f * score;
@@ -174,7 +173,6 @@ __device__ inline void conclude(const leaders& mine, float error, bool exact, ro
         return tile * image_tile + (at >> 1) * 8 + 2 * q + (at & 1);
     };
     const int best = row_largest(mine.best);
-    if (q == 0) results.best[row] = best;
     if (!exact) {
         const int top = best & tag_mask;
         int code = (mine.best & tag_mask) == top ? code_of(mine.best, mine.best_tile) : 0x7FFFFFFF;

@@ -79,7 +79,7 @@ struct gathered_codes {
 };
 
 /// Lists the rows of the cluster's codes: [begin, begin + length) of the list to shared.listed, and shared.start.
-/// `part_of(all)`: how many rows of `all` a block takes at most. Returns begin and length. Ends with a barrier.
+/// `part` gets how many of them a block takes at most. Returns begin and length. Ends with a barrier.
 template <class Tile>
 __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source, const gathered_codes& codes,
                           unsigned& part, unsigned& without) {
@@ -224,6 +224,7 @@ __device__ int drop_bad_rows(gather_storage<Tile>& shared, const matrix_ref<cons
             const bool keep = i < length && !(shared.bad[i / batch] >> i % batch & 1);
             const typename storage::entry e = keep ? shared.listed[i] : typename storage::entry{0};
             const unsigned keeps = __ballot_sync(0xFFFFFFFFu, keep);
+            __syncwarp();  // all have read
             if (keep) shared.listed[kept + __popc(keeps & ((1u << lane) - 1))] = e;
             kept += __popc(keeps);
             __syncwarp();

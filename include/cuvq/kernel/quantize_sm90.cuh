@@ -32,6 +32,8 @@ inline constexpr int finishing_warps = 3;
 template <class Tile>
 struct sm90_shared {
     using layout = arch::wgmma_layout<Tile::steps>;
+    static_assert(Tile::consumers >= 1 && Tile::stages >= 1 && Tile::row_buffers >= Tile::consumers,
+                  "cuvq: every consumer of an sm90_tile needs a buffer of rows, lest they wait for each other");
     static constexpr int result_buffers = 2 * Tile::consumers;
     static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(row_results::rows);
     static constexpr int rows = Tile::stages * code_bytes;

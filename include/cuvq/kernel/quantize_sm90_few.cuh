@@ -43,6 +43,8 @@ template <class Tile>
 struct few_shared {
     using layout = arch::wgmma_layout<Tile::steps>;
     static constexpr int groups = Tile::few_groups;  // warpgroups that score
+    static_assert(groups >= 1 && groups <= few_warps / 4,
+                  "cuvq: a block of sm90_tile has four warpgroups for few rows");
     static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(row_results::rows);
     static constexpr int rows = Tile::few_stages * code_bytes;
     static constexpr int leads = rows + row_bytes;
@@ -270,9 +272,9 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     auto* distance = reinterpret_cast<double*>(base);                              // (most_candidates)
     auto* candidate = reinterpret_cast<int*>(distance + shared::most_candidates);  // (most_candidates)
     auto* candidate_row = candidate + shared::most_candidates;                     // (most_candidates)
-    if (blocks == 1) __syncthreads();
     while (blocks > 1 && !ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cluster, received, 0)) {
     }
+    __syncthreads();  // of the rows of a block not every warp has sent some: only now are all done with the operands
     const int lanes = min(32 / ((block_rows - 1) / few_warps + 1), parts > 4 ? 32 : 16);  // of a row
     const int start = static_cast<int>(rank) * block_rows, own = lane / lanes * few_warps + warp;
     const bool leads_row = lane % lanes == 0;
