@@ -340,6 +340,7 @@ TEST_F(TrainStepSmall, ReplaysKeepAnImageAsEagerStepsDo) {
         };
         captured_graph graph(run);
         prepare(state.codebook, state.prepared);
+        check(cudaDeviceSynchronize());  // the graph's stream does not wait for this one
         for (int step = 0; step < 5; ++step) graph.replay();
         const left_behind<float, float> replayed(memory);
         const auto image = space.download();
