@@ -402,7 +402,12 @@ def planned(peers, shapes, scaling_only):
                     if shape in scaling_only or (peer.grows and shape != ANY_CODES):
                         continue
                 rows.append((peer, shape, distribution))
-    return sorted(rows, key=lambda row: row[0].grows and math.prod(row[1]) > DEAR)
+
+    def lateness(row):  # what takes seconds a row, and what charts alone want of it, comes last
+        peer, shape, _ = row
+        return peer.grows and math.prod(shape) > DEAR, peer.grows and shape in scaling_only
+
+    return sorted(rows, key=lateness)
 
 
 def run(torch, options, save):
