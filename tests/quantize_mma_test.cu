@@ -158,7 +158,7 @@ protected:
     using x = typename Elements::x;
     using codebook = typename Elements::codebook;
 };
-TYPED_TEST_SUITE(QuantizeMmaTypesSmall, some_pairs, type_names);
+TYPED_TEST_SUITE(QuantizeMmaTypesSmall, element_pairs, type_names);
 
 /// Multiplies by powers of two drawn per row (`lowest` to `highest`).
 matrix<float> scaled_rows(random_source& random, std::int64_t rows, std::int64_t columns, int lowest, int highest) {

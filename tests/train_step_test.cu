@@ -361,7 +361,9 @@ protected:
     using codebook = typename Elements::codebook;
 };
 // The search and the update have tests of their own for every pair; a step only joins them.
-TYPED_TEST_SUITE(TrainStepTypesSmall, some_pairs, type_names);
+using step_elements =
+    testing::Types<elements<float, float>, elements<__half, float>, elements<__nv_bfloat16, __nv_bfloat16>>;
+TYPED_TEST_SUITE(TrainStepTypesSmall, step_elements, type_names);
 
 TYPED_TEST(TrainStepTypesSmall, PresetsStepByStep) {
     random_source random;

@@ -24,12 +24,9 @@ struct elements {
 using element_types = testing::Types<float, __half, __nv_bfloat16>;
 using element_pairs = testing::Types<elements<float, float>, elements<__half, __half>, elements<__half, float>,
                                      elements<__nv_bfloat16, __nv_bfloat16>, elements<__nv_bfloat16, float>>;
-using some_pairs = testing::Types<elements<float, float>, elements<__half, float>,
-                                  elements<__nv_bfloat16, __nv_bfloat16>>;  ///< where one of each kind will do
 #else
 using element_types = testing::Types<float>;
 using element_pairs = testing::Types<elements<float, float>>;
-using some_pairs = element_pairs;
 #endif
 using code_types = testing::Types<std::int32_t, std::int64_t, std::uint8_t, std::uint16_t, std::uint32_t>;
 
