@@ -471,13 +471,22 @@ std::pair<matrix<float>, codes_t> batch_with_bad_rows(random_source& random, std
     return {x, codes};
 }
 
+/// Ranks with a share of a batch each, against a single one with all of it.
 void expect_ranks_to_agree(std::int64_t n, std::int64_t ranks) {
     constexpr std::int64_t k = 60, d = 9;
     random_source random;
+    std::int64_t restarted = 0;
     for (const auto& [name, params] : every_rule()) {
-        SCOPED_TRACE(name);
+        SCOPED_TRACE(testing::Message() << name << ", " << ranks << " ranks");
         const auto before = trained_state<float>(random, k, d);
         const auto [x, codes] = batch_with_bad_rows(random, n, k, d);
+        update_memory<float, float> single(before, x, codes, params);
+        single.run();
+        const auto alone = single.state.download();
+        const auto alone_stats = single.stats.download()[0];
+        EXPECT_TRUE(update_of_batch_is_right(before, x, codes, params, alone, alone_stats));
+        restarted += alone_stats.restarted_codes;
+
         split_batch batch(x, codes);
         std::vector<float> reduced(k * (d + 1));
         for (std::int64_t r = 0; r < ranks; ++r) {  // of unequal shares
@@ -486,25 +495,34 @@ void expect_ranks_to_agree(std::int64_t n, std::int64_t ranks) {
             const auto part = own.memory.download();
             for (std::size_t e = 0; e < part.size(); ++e) reduced[e] += part[e];
         }
-        host_state<float> first = before;
+        matrix<float> sums(k, d);
+        sums.data.assign(reduced.begin(), reduced.begin() + k * d);
+        const std::vector<float> counts(reduced.begin() + k * d, reduced.end());
+        EXPECT_TRUE(sums_are_right(batch_sums(x, codes, k), counts, sums));
+        host_state<float> first = alone;
         for (std::int64_t r = 0; r < ranks; ++r) {
-            const device_state<float> state(before);
-            statistics_buffer own(k, d);
-            own.memory.upload(reduced);
-            device_array<step_stats> stats(1);
-            auto reported = params;
-            reported.stats = stats.data();
-            ema_apply(state.view(), own.counts(), own.sums(), batch.x.view(), reported);
-            const auto after = state.download();
+            SCOPED_TRACE(testing::Message() << "rank " << r);
+            // The same values, in memory, on a stream and in a workspace of the rank's own.
+            apply_memory<float, float> own(before, counts, sums, x, params, r % 2 ? awkward : row_layout{});
+            const device_workspace ws(own.workspace_bytes());
+            const test_stream stream;
+            own.run(r % 3 ? ws.lent() : workspace{}, stream);
+            const auto after = own.state.download();
+            auto stats = own.stats.download()[0];
+            EXPECT_EQ(stats.restarted_codes, alone_stats.restarted_codes);
             if (r == 0) {
+                // Judged as the single rank was: within the bound of each sum, and with its draws bit by bit. Counts
+                // are integers, so that nothing else sets the two apart.
                 first = after;
-                auto got = stats.download()[0];
-                got.invalid_rows = batch.invalid;
-                EXPECT_TRUE(update_of_batch_is_right(before, x, codes, params, after, got));
+                stats.invalid_rows = batch.invalid;
+                EXPECT_TRUE(update_of_batch_is_right(before, x, codes, params, after, stats));
+                EXPECT_TRUE(same_bits(after.cluster_size, alone.cluster_size));
+                EXPECT_TRUE(same_bits(after.steps_since_active, alone.steps_since_active));
             }
-            EXPECT_TRUE(same_state(after, first)) << "rank " << r;
+            EXPECT_TRUE(same_state(after, first));
         }
     }
+    EXPECT_GT(restarted, 0);
 }
 
 TEST_F(EmaSmall, RanksThatShareABatchHoldTheStateOfASingleOne) {

@@ -23,6 +23,7 @@
 #include "support/large.cuh"
 #include "support/oracle.hpp"
 #include "support/random.hpp"
+#include "support/searches.cuh"
 #include "support/types.hpp"
 
 namespace cuvq::test {
@@ -99,10 +100,7 @@ struct search_memory {
     }
     outputs<X> run_simt() {
         return run([&](const auto& args, const auto& tally) {
-            const unsigned blocks = detail::blocks_for(x.rows(), simt_tile::rows, dispatch::most_search_blocks);
-            detail::launch(kernel::quantize<simt_tile, dynamic_extent, X, C>, blocks, simt_tile::threads, nullptr, 0,
-                           args, tally);
-            return std::int64_t{blocks} * (simt_tile::threads / 32);
+            return dispatch::quantize_simt<simt_tile, dynamic_extent>(args, tally, nullptr);
         });
     }
 };
@@ -484,7 +482,8 @@ TEST_F(QuantizeMmaTest, FewRowsInParts) {
         const auto scratch = dispatch::take_parts(carver, {n, k, d});
         for (int run = 0; run < 3; ++run)
             EXPECT_TRUE(memory.run([&](const auto& args, const auto& tally) {
-                return dispatch::quantize_mma(args, tally, image.ref(), scratch, dispatch::most_search_blocks, nullptr);
+                return dispatch::quantize_mma<dynamic_extent>(args, tally, image.ref(), scratch,
+                                                              dispatch::most_search_blocks, nullptr);
             }) == right);
 
         device_array<std::int32_t> codes(n);
@@ -540,8 +539,7 @@ void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int run
     device_array<std::int32_t> codes(n);
     const auto args = detail::validate_quantize("test", matrix_view<const float>(x.data(), n, d), codebook.view(),
                                                 codes.view(), discard, discard, {});
-    detail::launch(kernel::quantize<simt_tile, dynamic_extent, float, float>, 4096, simt_tile::threads, nullptr, 0,
-                   args, kernel::search_tally{});
+    dispatch::quantize_simt<simt_tile, dynamic_extent>(args, {}, nullptr);
     const auto right = codes.download();
     const auto fit = dispatch::fit_mma<Tile, float, float>(d);
     if (fit.blocks == 0) return;

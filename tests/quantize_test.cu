@@ -16,6 +16,7 @@
 #include "support/large.cuh"
 #include "support/oracle.hpp"
 #include "support/random.hpp"
+#include "support/searches.cuh"
 #include "support/types.hpp"
 
 namespace cuvq::test {
@@ -55,12 +56,7 @@ template <class XView, class CodebookView, class CodesView, class QuantizedView,
 void quantize_simt(const XView& x, const CodebookView& codebook, const CodesView& codes, const QuantizedView& quantized,
                    const DistancesView& distances) {
     const auto args = detail::validate_quantize("quantize_simt", x, codebook, codes, quantized, distances, {});
-    using X = detail::value_of<XView>;
-    using C = detail::value_of<CodebookView>;
-    if (args.x.rows == 0) return;
-    detail::launch(kernel::quantize<simt_tile, dynamic_extent, X, C>,
-                   detail::blocks_for(args.x.rows, simt_tile::rows, dispatch::most_search_blocks), simt_tile::threads,
-                   nullptr, 0, args, kernel::search_tally{});
+    if (args.x.rows > 0) dispatch::quantize_simt<simt_tile, dynamic_extent>(args, {}, nullptr);
 }
 
 /// The search of many rows on Hopper, whatever their number: codes only. `aside`: rows of many candidates are put

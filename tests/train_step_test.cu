@@ -19,6 +19,7 @@
 #include "support/large.cuh"
 #include "support/oracle.hpp"
 #include "support/random.hpp"
+#include "support/searches.cuh"
 #include "support/training.hpp"
 #include "support/types.hpp"
 #include "support/update_judge.hpp"
@@ -40,6 +41,7 @@ struct train_memory {
     device_array<step_stats> stats{1};
     train_params params;
     shape size;
+    prepared_codebook prepared{};  // of the state, or none
 
     train_memory(const host_state<T>& s, const matrix<X>& rows, const ema_params& p,
                  const std::vector<float>& weight_of = {}, row_layout layout = {})
@@ -53,8 +55,19 @@ struct train_memory {
         params.stats = stats.data();
         if (!weight_of.empty()) params.weights = vector_view<const float>(weights.data(), weights.size());
     }
+    /// Prepares the codebook, in `room` for that; the state carries it from here on.
+    void carry(const workspace& room) {
+        prepared = {room.data, room.bytes};
+        prepare(state.view().codebook, prepared);
+    }
+    /// The state, with what it carries.
+    codebook_state<T> view() const {
+        auto with = state.view();
+        with.prepared = prepared;
+        return with;
+    }
     void run(const workspace& ws = {}, cudaStream_t stream = nullptr) {
-        train_step(state.view(), x.view(), codes.view(), quantized.view(), params, ws, stream);
+        train_step(view(), x.view(), codes.view(), quantized.view(), params, ws, stream);
     }
     void poison_outputs() {
         codes.fill(poison);
@@ -126,38 +139,35 @@ TEST_F(TrainStepSmall, AStateThatCarriesAPreparedCodebookKeepsItFresh) {
         params.restart_after_steps = 2;
         train_memory<float, float> plain(start, x, params), carrying(start, x, params);
         const device_workspace space(prepared_codebook_bytes(300, d));
-        auto state = carrying.state.view();
-        state.prepared = {space.lent().data, space.lent().bytes};
-        prepare(state.codebook, state.prepared);
+        carrying.carry(space.lent());
         for (int step = 0; step < 4; ++step) {
             plain.run();
-            train_step(state, carrying.x.view(), carrying.codes.view(), carrying.quantized.view(), carrying.params);
+            carrying.run();
             ASSERT_TRUE(same(left_behind<float, float>(plain), left_behind<float, float>(carrying))) << "step " << step;
         }
 
         const auto expect_fresh = [&](const char* after) {
             device_array<std::int32_t> with(3000), without(3000);
             quantize_params search;
-            quantize(carrying.x.view(), state.codebook, without.view(), discard, discard, search);
-            search.prepared = state.prepared;
-            quantize(carrying.x.view(), state.codebook, with.view(), discard, discard, search);
+            quantize(carrying.x.view(), carrying.view().codebook, without.view(), discard, discard, search);
+            search.prepared = carrying.prepared;
+            quantize(carrying.x.view(), carrying.view().codebook, with.view(), discard, discard, search);
             EXPECT_EQ(with.download(), without.download()) << after;
         };
         params.decay = 0.1;
-        ema_update(state, carrying.x.view(), carrying.codes.view(), params);
+        ema_update(carrying.view(), carrying.x.view(), carrying.codes.view(), params);
         expect_fresh("ema_update");
         const device_array<float> counts(std::vector<float>(300, 1.0f));
         const device_matrix<float> sums(random.normals<float>(300, d));
         params.dead_codes = dead_code_rule::none;
-        ema_apply(state, counts.view(), sums.view(), discard, params);
+        ema_apply(carrying.view(), counts.view(), sums.view(), discard, params);
         expect_fresh("ema_apply");
         EXPECT_TRUE(space.guard_untouched());
     }
     train_memory<float, float> memory(host_state<float>(random.normals<float>(20, 8)), random.normals<float>(30, 8),
                                       ema_params::rectokens());
-    auto state = memory.state.view();
-    state.prepared.bytes = 1000;
-    EXPECT_EQ(refusal([&] { train_step(state, memory.x.view(), memory.codes.view()); }),
+    memory.prepared.bytes = 1000;
+    EXPECT_EQ(refusal([&] { memory.run(); }),
               "cuvq::train_step: state.prepared: got a null pointer; wants a device pointer, or none at all");
 }
 
@@ -249,19 +259,17 @@ void expect_image_follows(const host_state<T>& start, const ema_params& params, 
     const std::int64_t k = start.codebook.rows, d = start.codebook.columns;
     train_memory<T, float> plain(start, batch(0), params), carrying(start, batch(0), params);
     const device_workspace space(prepared_codebook_bytes(k, d));
-    auto state = carrying.state.view();
-    state.prepared = {space.lent().data, space.lent().bytes};
-    prepare(state.codebook, state.prepared);
-    ASSERT_TRUE(read_image(state.prepared, k, d).is_of(start.codebook, true));
+    carrying.carry(space.lent());
+    ASSERT_TRUE(read_image(carrying.prepared, k, d).is_of(start.codebook, true));
     for (int step = 0; step < steps; ++step) {
         SCOPED_TRACE(testing::Message() << "step " << step);
         plain.x.upload(batch(step));
         carrying.x.upload(batch(step));
         plain.run();
-        train_step(state, carrying.x.view(), carrying.codes.view(), carrying.quantized.view(), carrying.params);
+        carrying.run();
         const left_behind<T, float> after(carrying);
         ASSERT_TRUE(same(left_behind<T, float>(plain), after));
-        const read_image image(state.prepared, k, d);
+        const read_image image(carrying.prepared, k, d);
         ASSERT_TRUE(image.is_of(after.state.codebook, step > 0));
         if (step == steps - 1) EXPECT_LE(image.most.norm, most_norm);
     }
@@ -307,18 +315,15 @@ TEST_F(TrainStepSmall, AnImageFollowsBadRowsAndOtherTypes) {
     random_source random;
     auto before = trained_state<__nv_bfloat16>(random, 140, 20);
     before.codebook(3, 4) = __float2bfloat16(nan);
-    auto x = random.normals<float>(200, 20);
-    x(5, 5) = nan;
-    train_memory<__nv_bfloat16, __nv_bfloat16> plain(before, random.normals<__nv_bfloat16>(200, 20),
-                                                     ema_params::encodec()),
-        carrying(before, plain.x.download(), ema_params::encodec());
+    auto x = random.normals<__nv_bfloat16>(200, 20);
+    x(5, 5) = __float2bfloat16(nan);
+    train_memory<__nv_bfloat16, __nv_bfloat16> plain(before, x, ema_params::encodec()),
+        carrying(before, x, ema_params::encodec());
     const device_workspace space(prepared_codebook_bytes(140, 20));
-    auto state = carrying.state.view();
-    state.prepared = {space.lent().data, space.lent().bytes};
-    prepare(state.codebook, state.prepared);
+    carrying.carry(space.lent());
     for (int step = 0; step < 4; ++step) {
         plain.run();
-        train_step(state, carrying.x.view(), carrying.codes.view(), carrying.quantized.view(), carrying.params);
+        carrying.run();
         ASSERT_TRUE(
             same(left_behind<__nv_bfloat16, __nv_bfloat16>(plain), left_behind<__nv_bfloat16, __nv_bfloat16>(carrying)))
             << "step " << step;
@@ -331,22 +336,17 @@ TEST_F(TrainStepSmall, ReplaysKeepAnImageAsEagerStepsDo) {
         SCOPED_TRACE(name);
         const auto before = trained_state<float>(random, 80, 6);
         train_memory<float, float> memory(before, random.normals<float>(60, 6), params);
-        const auto bytes = prepared_codebook_bytes(80, 6);
-        const device_array<char> space(static_cast<std::int64_t>(bytes));
-        auto state = memory.state.view();
-        state.prepared = {space.data(), bytes};
-        const auto run = [&](cudaStream_t stream) {
-            train_step(state, memory.x.view(), memory.codes.view(), memory.quantized.view(), memory.params, {}, stream);
-        };
-        captured_graph graph(run);
-        prepare(state.codebook, state.prepared);
-        check(cudaDeviceSynchronize());  // the graph's stream does not wait for this one
+        const device_array<char> space(static_cast<std::int64_t>(prepared_codebook_bytes(80, 6)));
+        const workspace room{space.data(), static_cast<std::size_t>(space.size())};
+        memory.carry(room);
+        captured_graph graph([&](cudaStream_t stream) { memory.run({}, stream); });
+        check(cudaDeviceSynchronize());  // the graph's stream does not wait for that of the preparation
         for (int step = 0; step < 5; ++step) graph.replay();
         const left_behind<float, float> replayed(memory);
         const auto image = space.download();
         memory.state.upload(before);
-        prepare(state.codebook, state.prepared);
-        for (int step = 0; step < 5; ++step) run(nullptr);
+        memory.carry(room);
+        for (int step = 0; step < 5; ++step) memory.run();
         EXPECT_TRUE(same(left_behind<float, float>(memory), replayed));
         EXPECT_EQ(space.download(), image);
     }
@@ -355,14 +355,17 @@ TEST_F(TrainStepSmall, ReplaysKeepAnImageAsEagerStepsDo) {
 // ---- steps ----------------------------------------------------------------------------------------------------------
 
 template <class Elements>
-class TrainStepTypesSmall : public gpu_test {
+class TrainStepTypes : public gpu_test {
 protected:
     using x = typename Elements::x;
     using codebook = typename Elements::codebook;
 };
+template <class Elements>
+class TrainStepTypesSmall : public TrainStepTypes<Elements> {};
 // The search and the update have tests of their own for every pair; a step only joins them.
 using step_elements =
     testing::Types<elements<float, float>, elements<__half, float>, elements<__nv_bfloat16, __nv_bfloat16>>;
+TYPED_TEST_SUITE(TrainStepTypes, step_elements, type_names);
 TYPED_TEST_SUITE(TrainStepTypesSmall, step_elements, type_names);
 
 TYPED_TEST(TrainStepTypesSmall, PresetsStepByStep) {
@@ -391,27 +394,57 @@ TEST_F(TrainStepSmall, EveryRuleStepByStep) {
     }
 }
 
+/// A step against `quantize` and `ema_update`, bit by bit; its codes.
+std::vector<std::int64_t> expect_quantize_then_update(const host_state<float>& before, const matrix<float>& x,
+                                                      const ema_params& params, accuracy how) {
+    train_memory<float, float> whole(before, x, params), parts(before, x, params);
+    whole.params.accuracy = how;
+    whole.run();
+    quantize_params search;
+    search.accuracy = how;
+    search.stats = parts.stats.data();
+    quantize(parts.x.view(), parts.state.view().codebook, parts.codes.view(), parts.quantized.view(), discard, search);
+    const double loss = parts.stats.download()[0].commitment_loss;
+    ema_update(parts.state.view(), parts.x.view(), parts.codes.view(), parts.params);
+    auto stats = parts.stats.download();
+    EXPECT_EQ(stats[0].commitment_loss, 0);
+    stats[0].commitment_loss = loss;
+    parts.stats.upload(stats);
+    EXPECT_TRUE(same(left_behind<float, float>(whole), left_behind<float, float>(parts)));
+    return whole.signed_codes();
+}
+
 TEST_F(TrainStepSmall, IsQuantizeThenUpdate) {
     random_source random;
-    for (const auto& [name, params] : presets()) {
-        SCOPED_TRACE(name);
-        const auto before = trained_state<float>(random, 50, 11);
-        auto x = random.normals<float>(140, 11);
-        x(77, 1) = nan;
-        train_memory<float, float> whole(before, x, params), parts(before, x, params);
-        whole.run();
-        quantize_params search;
-        search.stats = parts.stats.data();
-        quantize(parts.x.view(), parts.state.view().codebook, parts.codes.view(), parts.quantized.view(), discard,
-                 search);
-        const double loss = parts.stats.download()[0].commitment_loss;
-        ema_update(parts.state.view(), parts.x.view(), parts.codes.view(), parts.params);
-        auto stats = parts.stats.download();
-        EXPECT_EQ(stats[0].commitment_loss, 0);
-        stats[0].commitment_loss = loss;
-        parts.stats.upload(stats);
-        EXPECT_TRUE(same(left_behind<float, float>(whole), left_behind<float, float>(parts)));
-    }
+    for (const auto& [name, params] : presets())
+        for (const accuracy how : {accuracy::exact, accuracy::fast}) {
+            SCOPED_TRACE(testing::Message() << name << ", accuracy " << static_cast<int>(how));
+            auto x = random.normals<float>(140, 11);
+            x(77, 1) = nan;
+            expect_quantize_then_update(trained_state<float>(random, 50, 11), x, params, how);
+        }
+}
+
+TEST_F(TrainStepTest, FastCodesAreThoseOfAFastQuantize) {
+    random_source random;
+    constexpr std::int64_t k = 600;
+    const bool is_hopper = dispatch::serves_sm90<sm90_d77, float, float>(k, 64);  // this device and build
+    for (const std::int64_t n : {5000, 10000})  // updated in one launch, and by sorting
+        for (const std::int64_t d : {8, 64, 300}) {
+            SCOPED_TRACE(testing::Message() << n << " rows, " << d << " columns");
+            // Every code has a near copy, which half precision hardly tells from it.
+            auto before = trained_state<float>(random, k, d);
+            for (std::int64_t j = k / 2; j < k; ++j)
+                for (std::int64_t c = 0; c < d; ++c)
+                    before.codebook(j, c) = before.codebook.at(j - k / 2, c) * (1 + 0x1p-14f * random.normal());
+            auto x = random.normals<float>(n, d);
+            x(77, 1) = nan;
+            const auto params = ema_params::rectokens();
+            const auto exact = expect_quantize_then_update(before, x, params, accuracy::exact);
+            const auto fast = expect_quantize_then_update(before, x, params, accuracy::fast);
+            // Else equal states would show nothing.
+            EXPECT_EQ(fast != exact, is_hopper && d <= sm90_d269::dimensions);
+        }
 }
 
 TEST_F(TrainStepSmall, EmptyAndSingleBatchesAndACodebookLargerThanTheBatch) {
@@ -446,37 +479,71 @@ TEST_F(TrainStepSmall, AStaticNumberOfColumnsChangesNothing) {
     EXPECT_TRUE(same(left_behind<float, float>(fixed), left_behind<float, float>(dynamic)));
 }
 
-TEST_F(TrainStepSmall, ARowOfNanMovesNothingWhereItsMarkIsACode) {
+/// Steps with as many codes as Int has values, so that the mark of a row without a code is one too: as with codes that
+/// tell them apart, but for that mark.
+template <class Int>
+void expect_marks_to_be_told_from_codes(std::int64_t n, std::int64_t d) {
+    SCOPED_TRACE(testing::Message() << n << " rows, " << d << " columns, codes of " << sizeof(Int) << " bytes");
+    constexpr std::int64_t k = std::int64_t{1} << 8 * sizeof(Int), mark = k - 1;
     random_source random;
-    auto x = random.normals<float>(300, 2);
-    x(7, 1) = nan;
-    x(8, 0) = -inf;
-    const auto before = trained_state<float>(random, 256, 2);
-    train_memory<float, float, std::uint8_t> memory(before, x, ema_params{});
-    memory.run();
-    auto codes = memory.signed_codes();
-    EXPECT_EQ(codes[7], 255);
-    EXPECT_EQ(codes[8], 255);
-    codes[7] = codes[8] = -1;
-    EXPECT_TRUE(codes_are_nearest(x, before.codebook, codes));
-    const auto stats = memory.stats.download()[0];
-    EXPECT_EQ(stats.invalid_rows, 2);
-    EXPECT_TRUE(update_of_batch_is_right(before, x, codes, ema_params{}, memory.state.download(), stats));
+    const auto before = trained_state<float>(random, k, d);
+    auto x = random.normals<float>(n, d);
+    for (std::int64_t i = 0; i < n; i += 9)
+        for (std::int64_t c = 0; c < d; ++c) x(i, c) = before.codebook.at(mark, c) + 0.01f * x.at(i, c);
+    for (std::int64_t i = 0; i < n; i += 30) x(i, i / 30 % d) = i % 4 ? nan : -inf;  // of those rows, too
+    std::vector<float> weights;
+    for (std::int64_t i = 0; i < n; ++i) weights.push_back(std::abs(random.normal()));
+    weights[18] = nan;  // a row close to the code that is the mark
+    // Few rows are summed by a launch that updates as well, or by one before that.
+    for (const auto& params : {ema_params{}, ema_params::vector_quantize_pytorch()})
+        for (const bool plain : {true, false}) {
+            const auto own_weights = plain ? std::vector<float>{} : weights;
+            const auto layout = plain ? row_layout{} : awkward;
+            train_memory<float, float, Int> memory(before, x, params, own_weights, layout);
+            train_memory<float, float> wide(before, x, params, own_weights, layout);
+            memory.run();
+            wide.run();
+            const left_behind<float, float> got(memory);
+            left_behind<float, float> wanted(wide);
+            EXPECT_EQ(std::count(wanted.codes.begin(), wanted.codes.end(), -1), (n - 1) / 30 + 1);
+            EXPECT_GT(std::count(wanted.codes.begin(), wanted.codes.end(), mark), n / 100);
+            // The oracle is slow, and codes depend on no params.
+            if (plain && params.rule == ema_rule::active_only && k <= 256)
+                EXPECT_TRUE(codes_are_nearest(x, before.codebook, wanted.codes));
+            ema_params host = params;
+            if (!plain) host.weights = view(own_weights);
+            EXPECT_TRUE(update_of_batch_is_right(before, x, wanted.codes, host, got.state, got.stats));
+            std::replace(wanted.codes.begin(), wanted.codes.end(), std::int64_t{-1}, mark);
+            EXPECT_TRUE(same(got, wanted));
+        }
+}
+
+TEST_F(TrainStepSmall, ARowOfNanMovesNothingWhereItsMarkIsACode) {
+    for (const std::int64_t d : {2, 130}) expect_marks_to_be_told_from_codes<std::uint8_t>(300, d);
+}
+
+TEST_F(TrainStepTest, RowsOfNanAmongManyMoveNothingWhereTheirMarkIsACode) {
+    for (const std::int64_t d : {2, 130, 300}) expect_marks_to_be_told_from_codes<std::uint8_t>(9000, d);
+    expect_marks_to_be_told_from_codes<std::uint8_t>(8300, 5);   // sorted, but few for the search
+    expect_marks_to_be_told_from_codes<std::uint16_t>(9000, 3);  // sorted digit by digit
 }
 
 TEST_F(TrainStepSmall, ACodebookWithoutAFiniteRowTakesNoRowsWhereTheirMarkIsACode) {
     random_source random;
-    const auto x = random.normals<float>(90, 2);
-    auto before = trained_state<float>(random, 256, 2);
-    before.codebook = matrix<float>(256, 2, nan);
-    train_memory<float, float, std::uint8_t> memory(before, x, ema_params{});
-    memory.run();
-    EXPECT_EQ(memory.signed_codes(), std::vector<std::int64_t>(90, 255));
-    const auto stats = memory.stats.download()[0];
-    EXPECT_EQ(stats.invalid_rows, 90);
-    EXPECT_EQ(stats.active_codes, 0);
-    const std::vector<std::int64_t> none(90, -1);
-    EXPECT_TRUE(update_of_batch_is_right(before, x, none, ema_params{}, memory.state.download(), stats));
+    for (const std::int64_t n : {90, 9000}) {  // in one launch, and sorted; rows all finite, so that no sum tells
+        const auto x = random.normals<float>(n, 2);
+        auto before = trained_state<float>(random, 256, 2);
+        before.codebook = matrix<float>(256, 2, nan);
+        train_memory<float, float, std::uint8_t> memory(before, x, ema_params{});
+        memory.run();
+        const auto rows = static_cast<std::size_t>(n);
+        EXPECT_EQ(memory.signed_codes(), std::vector<std::int64_t>(rows, 255));
+        const auto stats = memory.stats.download()[0];
+        EXPECT_EQ(stats.invalid_rows, n);
+        EXPECT_EQ(stats.active_codes, 0);
+        const std::vector<std::int64_t> none(rows, -1);
+        EXPECT_TRUE(update_of_batch_is_right(before, x, none, ema_params{}, memory.state.download(), stats));
+    }
 }
 
 TEST_F(TrainStepTest, ManyColumns) {
@@ -520,6 +587,23 @@ TEST_F(TrainStepSmall, WorkspaceAndOptionalOutputsChangeNothing) {
     }
 }
 
+TEST(TrainStepWorkspaceSmall, IsAtMostTwentyFourBytesARowAndFourCodebooks) {
+    for (const shape& size :
+         {shape{1 << 20, 1024, 128}, shape{1 << 20, 4096, 128}, shape{1 << 20, 16384, 64}, shape{65536, 8192, 256},
+          shape{262144, 16384, 8}, shape{32768, 65536, 512}, shape{1 << 20, 512, 3}, shape{100000, 256, 1},
+          shape{4096, 512, 64}, shape{8, 2048, 256}, shape{1, 1, 1}, shape{0, 300, 20}})
+        for (const bool reports : {false, true}) {
+            train_params params;
+            params.rule = ema_rule::laplace;
+            step_stats stats;
+            if (reports) params.stats = &stats;  // not followed
+            const std::int64_t rounding = 16 * workspace::alignment, losses = reports ? 257 << 10 : 0;
+            EXPECT_LE(static_cast<std::int64_t>(train_step_workspace_bytes(size, params)),
+                      24 * size.vectors + 16 * size.codes * size.dimensions + losses + rounding)
+                << size.vectors << " x " << size.codes << " x " << size.dimensions;
+        }
+}
+
 TEST_F(TrainStepSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
     random_source random;
     const auto before = trained_state<float>(random, 10, 6);
@@ -542,18 +626,53 @@ TEST_F(TrainStepSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
 
 // ---- determinism ----------------------------------------------------------------------------------------------------
 
-TEST_F(TrainStepTest, TwentyRunsAreBitwiseEqual) {
+TYPED_TEST(TrainStepTypes, TwentyRunsAreBitwiseEqual) {
+    using x_type = typename TestFixture::x;
+    using codebook_type = typename TestFixture::codebook;
     random_source random;
-    const auto before = trained_state<float>(random, 500, 20);
-    train_memory<float, float> memory(before, random.normals<float>(10000, 20), ema_params::vector_quantize_pytorch());
-    memory.run();
-    const left_behind<float, float> first(memory);
-    EXPECT_GT(first.stats.restarted_codes, 0);
-    for (int run = 1; run < 20; ++run) {
-        memory.state.upload(before);
-        memory.poison_outputs();
-        memory.run();
-        ASSERT_TRUE(same(left_behind<float, float>(memory), first)) << "run " << run;
+    // `close`: so many rows lie near a hundred codes that the filter cannot tell apart.
+    const struct {
+        std::int64_t n, k, d, close;
+    } cases[] = {
+        {5000, 500, 20, 500},    // few rows: one launch sums them
+        {3000, 300, 130, 300},   // in two slices of columns
+        {2000, 200, 300, 200},   // in three; more columns than Hopper's own search takes
+        {9000, 500, 20, 900},    // many rows: sorted first
+        {9000, 300, 200, 900},   // then summed in two slices
+        {8500, 200, 300, 850},   // in three
+        {9000, 3000, 24, 40},    // rows put aside, so few that several blocks share each
+        {9000, 3000, 24, 9000},  // more than there is room for
+    };
+    auto total = ema_params::vector_quantize_pytorch(), single = total;
+    single.rule = ema_rule::active_only;
+    for (const auto& [n, k, d, close] : cases) {
+        SCOPED_TRACE(testing::Message() << n << " rows, " << k << " codes, " << d << " columns, " << close << " close");
+        auto before = trained_state<codebook_type>(random, k, d);
+        for (std::int64_t j = 1; j < 100; ++j)
+            for (std::int64_t c = 0; c < d; ++c)
+                before.codebook(j, c) =
+                    static_cast<codebook_type>(before.codebook.at(0, c) * (1 + 0x1p-20f * random.normal()));
+        auto x = random.normals<x_type>(n, d);
+        for (std::int64_t i = 0; i < close; ++i)
+            for (std::int64_t c = 0; c < d; ++c) {
+                const std::int64_t row = i * (n / close);
+                x(row, c) = static_cast<x_type>(before.codebook.at(0, c) + 0.1f * x.at(row, c));
+            }
+        for (const auto& params : {total, single}) {
+            train_memory<codebook_type, x_type> memory(before, x, params);
+            const device_workspace ws(memory.workspace_bytes());
+            memory.run();
+            const left_behind<codebook_type, x_type> first(memory);
+            EXPECT_GT(first.stats.restarted_codes, 0);
+            for (int run = 1; run < 20; ++run) {
+                memory.state.upload(before);
+                memory.poison_outputs();
+                memory.run(run % 2 ? ws.lent() : workspace{});
+                const left_behind<codebook_type, x_type> again(memory);
+                ASSERT_TRUE(same(again, first)) << "run " << run;
+            }
+            EXPECT_TRUE(ws.guard_untouched());
+        }
     }
 }
 

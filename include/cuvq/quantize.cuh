@@ -11,6 +11,7 @@
 #include <cuvq/detail/launch.cuh>
 #include <cuvq/detail/validate.hpp>
 #include <cuvq/dispatch/quantize.cuh>
+#include <cuvq/dispatch/stats.cuh>
 #include <cuvq/kernel/stats.cuh>
 #include <cuvq/params.hpp>
 #include <cuvq/prepare.cuh>
@@ -105,8 +106,7 @@ void quantize(const XView& x, const CodebookView& codebook, const CodesView& cod
         parts.histogram = m.tally.histogram;
         parts.codes = s.codes;
         parts.invalid_rows = m.tally.rows_without;
-        detail::launch(kernel::write_stats<kernel::stats_threads>, 1, kernel::stats_threads, stream, 0, parts,
-                       params.stats);
+        dispatch::write_stats(parts, params.stats, stream);
     }
 }
 

@@ -21,29 +21,35 @@ namespace cuvq {
 
 namespace detail {
 
+/// What a step keeps from its search to its end; then the scratch of the search, and in its place that of the update.
 struct train_scratch {
-    update_scratch update;
-    dispatch::search_scratch search;
+    update_tally counters;
     kernel::search_tally tally;  // loss and rows_without, with stats
     float* distances = nullptr;  // [N], where -1 may be a code
+    carver place;
+    dispatch::search_scratch search;
+    update_scratch update;
 
     /// Whether -1, all bits set, is a code in some unsigned type: then a NaN distance tells a row without one.
     static bool is_ambiguous(std::int64_t codes) {
         return codes == std::int64_t{1} << 8 || codes == std::int64_t{1} << 16 || codes == std::int64_t{1} << 32;
     }
 
-    train_scratch(carver& c, const shape& s, const train_params& p) : update(c, s, p), search(c, s, {}) {
-        if (p.stats) {
-            tally.loss = c.take<double>(dispatch::most_losses);
-            tally.rows_without = update.tally.rows_without();
-        }
-        if (is_ambiguous(s.codes)) distances = c.take<float>(s.vectors);
+    train_scratch(carver& c, const shape& s, const train_params& p)
+        : counters(c, p.stats != nullptr),
+          tally{p.stats ? c.take<double>(dispatch::most_losses) : nullptr, nullptr, counters.rows_without()},
+          distances(is_ambiguous(s.codes) ? c.take<float>(s.vectors) : nullptr),
+          place(c),
+          search(place, s, {}),
+          update(c, counters, s, p) {
+        c.share(place);
     }
 };
 
 }  // namespace detail
 
-/// Bytes of workspace that `train_step` takes for this shape and these params.
+/// Bytes of workspace that `train_step` takes for this shape and these params: what `quantize` or `ema_update` does,
+/// whichever is more; 4 bytes per row where K is 256, 65536 or 2^32; with `params.stats`, 257 KB.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t train_step_workspace_bytes(const shape& s, const train_params& params = {}) {
     detail::check_shape("train_step_workspace_bytes", s);
@@ -79,7 +85,7 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
     detail::carver c(memory.data());
     detail::train_scratch m(c, s, params);
     if (state.prepared.data) m.search.use(state.prepared, s.codes, s.dimensions);
-    m.update.tally.clear(stream);
+    m.counters.clear(stream);
     constexpr auto last_code = static_cast<std::uint64_t>(std::numeric_limits<detail::value_of<CodesView>>::max());
     if (static_cast<std::uint64_t>(s.codes - 1) == last_code) args.quantize.distances = {m.distances, s.vectors};
     const std::int64_t losses =
@@ -89,7 +95,7 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
     detail::update(args.update, params, from, detail::refresh_of(state.prepared, s.codes, s.dimensions), m.update,
                    stream);
     if (params.stats) {
-        kernel::stats_parts parts = m.update.tally.parts(m.update.counts, s.codes);
+        kernel::stats_parts parts = m.counters.parts(m.update.counts, s.codes);
         parts.loss = m.tally.loss;
         parts.loss_count = losses;
         parts.rows = s.vectors;

@@ -57,7 +57,8 @@ struct codebook_state {
     matrix_view<float, D> embed_sum;               ///< [K x D] moving average of the sums of each code's vectors
     vector_view<float> cluster_size;               ///< [K] moving average of the number of each code's vectors
     vector_view<std::int32_t> steps_since_active;  ///< [K] updates since a vector last had this code
-    std::int64_t* step = nullptr;                  ///< [1] updates made so far, 0 to 2^48 - 1; each adds one
+    /// [1] updates made so far, below 2^48; each adds one, and uses the bits above while it runs.
+    std::int64_t* step = nullptr;
     /// What `prepare` made of `codebook`, or empty. `train_step` searches with it, and all updates keep it fresh.
     prepared_codebook prepared{};
 };

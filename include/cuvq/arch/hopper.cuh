@@ -5,8 +5,10 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include <cuda_runtime.h>
+#include <cuda/ptx>
 
 namespace cuvq::arch {
 
@@ -75,98 +77,63 @@ struct cluster {
     }
 };
 
-/// Where the blocks of a cluster send sums to; in shared memory. It counts the bytes that come in, so that neither
+/// Where the blocks of a cluster send things to; in shared memory. It counts the bytes that come in, so that neither
 /// side pays for a fence. Of a cluster of one, ordinary stores and barriers.
 template <int Blocks>
 struct mailbox {
     std::uint64_t barrier;
 
-    /// One thread, before all of the block's `cluster::arrive_relaxed`; others send after their `wait`.
+    /// One thread, before all of the block's `cluster::arrive_relaxed`; others send after their `wait`. Barriers that
+    /// it has made before are safe from then on, too.
     __device__ void open() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
         if (Blocks == 1) return;
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&barrier)) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        cuda::ptx::mbarrier_init(&barrier, 1);
+        cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
 #endif
     }
     /// One thread, once for each delivery: how many bytes it has.
     __device__ void expect(unsigned bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
         if (Blocks > 1)
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&barrier)), "r"(bytes)
-                         : "memory");
+            cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
+                                                 &barrier, bytes);
 #endif
     }
     /// Whole block: until delivery number `delivery`, counted from 0, is there.
     __device__ void receive(unsigned delivery) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-        if (Blocks > 1) {
-            unsigned done = 0;
-            while (!done)
-                asm volatile(
-                    "{\n"
-                    ".reg .pred p;\n"
-                    "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-                    "selp.u32 %0, 1, 0, p;\n"
-                    "}"
-                    : "=r"(done)
-                    : "r"(address(&barrier)), "r"(delivery & 1)
-                    : "memory");
-        }
+        if (Blocks > 1)
+            while (!cuda::ptx::mbarrier_try_wait_parity(cuda::ptx::sem_acquire, cuda::ptx::scope_cluster, &barrier,
+                                                        delivery & 1)) {
+            }
 #endif
         if (Blocks == 1) __syncthreads();
     }
-    /// Writes to where block `other` has what lies at `to`, which its mailbox counts.
-    __device__ void send(float* to, unsigned other, float v) {
+    /// Writes to where block `other` has what lies at `to`, which its mailbox counts. A value of 4 or 8 bytes.
+    template <class T>
+    __device__ void send(T* to, unsigned other, const T& value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
         if (Blocks > 1) {
-            asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-                             address(to, other)),
-                         "f"(v), "r"(address(&barrier, other))
-                         : "memory");
+            cuda::ptx::st_async(cluster<Blocks>::at(to, other), value, cluster<Blocks>::at(&barrier, other));
             return;
         }
 #endif
-        *to = v;
+        *to = value;
     }
-    __device__ void send(double* to, unsigned other, double v) {
+    /// Four of 4 bytes each; `to` aligned to 16.
+    template <class T>
+    __device__ void send(T* to, unsigned other, const T (&values)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
         if (Blocks > 1) {
-            asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f64 [%0], %1, [%2];" ::"r"(
-                             address(to, other)),
-                         "d"(v), "r"(address(&barrier, other))
-                         : "memory");
+            cuda::ptx::st_async(cluster<Blocks>::at(to, other), values, cluster<Blocks>::at(&barrier, other));
             return;
         }
 #endif
-        *to = v;
-    }
-    /// `to` aligned to 16 bytes.
-    __device__ void send(float* to, unsigned other, float4 v) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-        if (Blocks > 1) {
-            asm volatile(
-                "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                    address(to, other)),
-                "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(address(&barrier, other))
-                : "memory");
-            return;
-        }
-#endif
-        *reinterpret_cast<float4*>(to) = v;
-    }
-
-private:
-    static __device__ std::uint32_t address(const void* p) {
-        return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
-    }
-    /// In the window of all shared memory of the cluster.
-    static __device__ std::uint32_t address(const void* p, unsigned other) {
-        std::uint32_t there = address(p);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(p)), "r"(other));
-#endif
-        return there;
+        struct alignas(16) {
+            T value[4];
+        } const all{values[0], values[1], values[2], values[3]};
+        memcpy(to, &all, sizeof(all));
     }
 };
 

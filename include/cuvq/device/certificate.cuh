@@ -264,6 +264,13 @@ struct score_bounds {
     float offset_rest = 0;  ///< |n - (n in three halves)|
 };
 
+/// The power of two t that makes a row of this |s (x - centre)|^2 fit fp16, which can hold t itself; 0 if there is
+/// none, for NaN too.
+__device__ inline float row_factor(float square) {
+    const int exponent = static_cast<int>(__float_as_uint(square) >> 24) - 63;  // the norm is below 2^(exponent + 1)
+    return square < 0x1p26f ? 1.0f : square < 0x1p72f ? __int_as_float((127 + 13 - exponent) << 23) : 0.0f;
+}
+
 /// Bound of |S^ - S| for one row and every code: the head comment's e.
 /// @param length    |X|, at least
 /// @param residual  |X - X^|, at least

@@ -16,13 +16,6 @@ namespace cuvq::device {
 
 #if CUVQ_HAS_MMA
 
-/// The power of two that makes a row of this |scale (x - centre)|^2 fit fp16, and fp16 can hold itself; 0 if there is
-/// none, for NaN too.
-__device__ inline float row_factor(float square) {
-    const int exponent = static_cast<int>(__float_as_uint(square) >> 24) - 63;  // the norm is below 2^(exponent + 1)
-    return square < 0x1p26f ? 1.0f : square < 0x1p72f ? __int_as_float((127 + 13 - exponent) << 23) : 0.0f;
-}
-
 /// Rows on their way into shared memory, eight lanes each.
 template <class Policy, class X, class C>
 struct mma_rows : mma_block<Policy, X, C> {

@@ -257,10 +257,10 @@ inline device::image_ref image_ref_of(const kernel::codebook_image& image, std::
 template <std::size_t D, class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                           const search_scratch& scratch, cudaStream_t stream) {
-    if (fit_mma<mma_streamed, X, C>(args.x.columns).blocks == 0) return 0;
+    if (fit_mma<mma_anywhere<D>, X, C>(args.x.columns).blocks == 0) return 0;
     if (!scratch.prepared) prepare<D>(args.codebook, scratch.image, stream);
-    return quantize_mma(args, tally, image_ref_of(scratch.image, args.x.columns), scratch.parts, most_search_blocks,
-                        stream);
+    return quantize_mma<D>(args, tally, image_ref_of(scratch.image, args.x.columns), scratch.parts, most_search_blocks,
+                           stream);
 }
 
 /// Searches on the CUDA cores; how many partial losses that leaves.

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
@@ -131,8 +133,18 @@ std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel:
     return std::int64_t{choosing} * warps;
 }
 
-/// As above, with the tile that suits the device, N and D, and as many parts as pay.
-template <class X, class C>
+/// Whether rows of a static D are so narrow that mma_flat fits every device of sm_80 and later.
+template <std::size_t D>
+inline constexpr bool flat_fits =
+    D != dynamic_extent&& device::nearest_storage<mma_flat>::bytes(static_cast<std::int64_t>(D)) <= 96 << 10;
+
+/// A tile that fits wherever the portable search runs at all.
+template <std::size_t D>
+using mma_anywhere = std::conditional_t<flat_fits<D>, mma_flat, mma_streamed>;
+
+/// As above, with the tile that suits the device, N and D, and as many parts as pay. Of a static D it instantiates no
+/// tile that only wider rows want.
+template <std::size_t D, class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                           const device::image_ref& image, const parts_scratch& scratch, std::int64_t most_blocks,
                           cudaStream_t stream) {
@@ -148,19 +160,20 @@ std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel:
         const mma_fit few = fit_mma<mma_few, X, C>(columns);
         if (few.blocks > 0) return search(mma_few{}, few);
     }
-    // On Hopper, by its own instructions.
-    const mma_fit low = fit_mma<wgmma_flat, X, C>(columns);
-    if (low.blocks > 0) {
-        const mma_fit high = fit_mma<wgmma_tall, X, C>(columns);
-        if (groups > low.blocks && high.blocks > 0) return search(wgmma_tall{}, high);
-        return search(wgmma_flat{}, low);
+    if constexpr (D > sm90_d269::dimensions) {  // on Hopper, by its own instructions
+        const mma_fit low = fit_mma<wgmma_flat, X, C>(columns);
+        if (low.blocks > 0) {
+            const mma_fit high = fit_mma<wgmma_tall, X, C>(columns);
+            if (groups > low.blocks && high.blocks > 0) return search(wgmma_tall{}, high);
+            return search(wgmma_flat{}, low);
+        }
     }
     if (groups <= flat.blocks) return search(mma_flat{}, flat);
     const mma_fit twin = fit_mma<mma_twin, X, C>(columns), tall = fit_mma<mma_tall, X, C>(columns);
     if (twin.blocks > 0 && twin.blocks >= 2 * tall.blocks) return search(mma_twin{}, twin);
     if (tall.blocks > 0) return search(mma_tall{}, tall);
     if (flat.blocks > 0) return search(mma_flat{}, flat);
-    return search(mma_streamed{}, fit_mma<mma_streamed, X, C>(columns));
+    return search(mma_anywhere<D>{}, fit_mma<mma_anywhere<D>, X, C>(columns));
 }
 
 }  // namespace cuvq::dispatch

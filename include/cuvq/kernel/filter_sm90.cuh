@@ -8,7 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/arch/wgmma_sm90.cuh>
-#include <cuvq/device/certificate.cuh>
+#include <cuvq/device/leaders.cuh>
 #include <cuvq/kernel/prepare.cuh>
 
 namespace cuvq::kernel {
@@ -41,14 +41,11 @@ __device__ inline int tagged(float score, int mask, int tag) {
     return r;
 }
 
-/// The two best tiles of one row's columns in one thread, with the two best scores of each, and the best of all that
-/// was dropped while it could still win.
-struct leaders {
-    static constexpr int least = -0x7FFFFFFF;
-    int best = least, best_runner = least, best_tile = 0;
-    int next = least, next_runner = least, next_tile = 0;
-    int third = least, third_tile = 0;
-    int rest = least;
+using device::least_candidate;
+
+/// What a thread keeps of one row's columns.
+struct leaders : device::wide_row_leaders {
+    static constexpr int least = device::least_score;
 
     /// A tile's largest score only: for the best alone. Of equal scores the first stays, whatever their tags.
     __device__ void lead(int score, int tile) {
@@ -56,34 +53,7 @@ struct leaders {
         best = leads ? score : best;
         best_tile = leads ? tile : best_tile;
     }
-
-    /// A tile's largest score and its second largest.
-    __device__ void offer(int score, int runner, int tile) {
-        const bool leads = score > best;
-        const int second = min(score, best), second_runner = leads ? best_runner : runner;
-        const int second_tile = leads ? best_tile : tile;
-        best = max(score, best);
-        best_runner = leads ? runner : best_runner;
-        best_tile = leads ? tile : best_tile;
-        const bool follows = second > next;
-        const int dropped = min(second, next), dropped_tile = follows ? next_tile : second_tile;
-        rest = __vimax3_s32(rest, min(dropped, third), follows ? next_runner : second_runner);
-        third_tile = dropped > third ? dropped_tile : third_tile;
-        third = max(dropped, third);
-        next = max(second, next);
-        next_runner = follows ? second_runner : next_runner;
-        next_tile = follows ? second_tile : next_tile;
-    }
 };
-
-/// The least tagged score that a row's nearest code can have when `best` is the largest; the least
-/// integer where none can be told: not above 0, where integers do not order scores, or NaN. While `best` rises, it
-/// falls by no more than its slack allows.
-__device__ inline int least_candidate(int best, float error) {
-    // A tag moved the two scores by up to 32 units in the last place each.
-    const float score = __int_as_float(best), limit = score - 2.0002f * error - 0x1.2p-17f * score;
-    return limit > 0.0f ? __float_as_int(limit) : leaders::least;
-}
 
 /// The largest of a thread's scores of one of its two rows.
 __device__ inline int largest(const float (&score)[64], int half) {

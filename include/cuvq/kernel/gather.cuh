@@ -257,7 +257,7 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
     using blocks = arch::cluster<Tile::cluster>;
     using storage = gather_storage<Tile>;
     constexpr int warps = storage::warps, columns_per_lane = Tile::columns / 32;
-    static_assert(columns_per_lane == 4, "a lane sends a float4");
+    static_assert(columns_per_lane == 4, "a lane sends four sums at once");
     const int lane = static_cast<int>(threadIdx.x) % 32, stride = gather_stride(a.x.columns);
     const unsigned rank = blocks::rank(), own_mask = (1u << codes.block_bits) - 1;
     unsigned left_out = 0, without = 0, part = 0;
@@ -310,8 +310,8 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
                     if (lane * columns_per_lane < width)
                         shared.box.send(shared.sum + (code & own_mask) * stride + slice + lane * columns_per_lane,
                                         owner,
-                                        float4{static_cast<float>(sum[0]), static_cast<float>(sum[1]),
-                                               static_cast<float>(sum[2]), static_cast<float>(sum[3])});
+                                        {static_cast<float>(sum[0]), static_cast<float>(sum[1]),
+                                         static_cast<float>(sum[2]), static_cast<float>(sum[3])});
                     if (lane == 0 && slice == 0)
                         shared.box.send(&shared.count[code & own_mask], owner, static_cast<float>(weights));
                 },

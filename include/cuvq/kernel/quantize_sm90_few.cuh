@@ -61,22 +61,20 @@ struct few_shared {
 
 #if CUVQ_HAS_WGMMA
 
-/// Sends a thread's leaders of a row to `to` in the shared memory of block `owner`, whose `barrier` counts the bytes;
-/// in a cluster of one, just there.
-__device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, std::uint64_t* barrier, bool alone) {
-    using blocks = arch::cluster<few_blocks>;
+using few_mailbox = arch::mailbox<few_blocks>;
+
+/// Sends a thread's leaders of a row to `to` in the shared memory of block `owner`; in a cluster of one, just there.
+__device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, few_mailbox& box, bool alone) {
     const int first[4] = {lead.best, lead.best_runner, lead.next, lead.next_runner};
     const int second[4] = {max(lead.rest, lead.third), lead.best_tile, lead.next_tile, 0};
     if (alone) {
         auto* here = reinterpret_cast<int4*>(to);
         here[0] = {first[0], first[1], first[2], first[3]};
         here[1] = {second[0], second[1], second[2], second[3]};
-        return;
+    } else {
+        box.send(&to->best, owner, first);
+        box.send(&to->rest, owner, second);
     }
-    int* there = reinterpret_cast<int*>(blocks::at(to, owner));
-    std::uint64_t* counter = blocks::at(barrier, owner);
-    cuda::ptx::st_async(there, first, counter);
-    cuda::ptx::st_async(there + 4, second, counter);
 }
 
 /// What the lanes of a row conclude from its leads.
@@ -154,7 +152,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     auto* leads = reinterpret_cast<few_lead*>(base + shared::leads);      // (rows of the block, parts, 4)
     auto* codes = reinterpret_cast<std::int64_t*>(base + shared::codes);  // (rows of the block)
     auto* full = arch::kept(reinterpret_cast<std::uint64_t*>(base + shared::barriers));  // (stages)
-    std::uint64_t* received = full + stages;                                   // leads of all the block's rows
+    auto& box = *reinterpret_cast<few_mailbox*>(full + stages);                // of the leads of all the block's rows
     auto* measures = reinterpret_cast<row_measure*>(base + shared::measures);  // (64)
     auto* bounds = reinterpret_cast<int*>(base + shared::bounds);
 
@@ -180,10 +178,9 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     __shared__ int listed;                                // candidates of all open rows of the block
     if (starts) {
         listed = 0;
-        for (int i = 0; i < stages + 1; ++i) ptx::mbarrier_init(full + i, 1);
-        ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
-        ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, received,
-                                       block_rows * parts * 4 * static_cast<int>(sizeof(few_lead)));
+        for (int i = 0; i < stages; ++i) ptx::mbarrier_init(full + i, 1);
+        box.open();  // with a fence for all of them
+        box.expect(block_rows * parts * 4 * static_cast<int>(sizeof(few_lead)));
     }
     if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
     __syncthreads();
@@ -259,8 +256,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         arch::cluster<few_blocks>::wait();
         const auto send_row = [&](const leaders& lead, int row) {
             const int owner = row / block_rows;
-            send(lead, leads + ((row - owner * block_rows) * parts + part) * 4 + lane % 4, owner, received,
-                 blocks == 1);
+            send(lead, leads + ((row - owner * block_rows) * parts + part) * 4 + lane % 4, owner, box, blocks == 1);
         };
         send_row(lead0, row0);
         send_row(lead1, row0 + 8);
@@ -272,8 +268,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     auto* distance = reinterpret_cast<double*>(base);                              // (most_candidates)
     auto* candidate = reinterpret_cast<int*>(distance + shared::most_candidates);  // (most_candidates)
     auto* candidate_row = candidate + shared::most_candidates;                     // (most_candidates)
-    while (blocks > 1 && !ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cluster, received, 0)) {
-    }
+    if (blocks > 1) box.receive(0);
     __syncthreads();  // of the rows of a block not every warp has sent some: only now are all done with the operands
     const int lanes = min(32 / ((block_rows - 1) / few_warps + 1), parts > 4 ? 32 : 16);  // of a row
     const int start = static_cast<int>(rank) * block_rows, own = lane / lanes * few_warps + warp;

@@ -123,10 +123,8 @@ struct row_image {
 
     /// The t of a row that did not fit with t = 1; NaN where none does.
     __device__ float fitting_factor() const {
-        if (square < 0x1p26f) return 1.0f;
-        const bool fits = square < 0x1p72f;  // fp16 holds powers of two down to 2^-24
-        const int exponent = static_cast<int>(__float_as_uint(square) >> 24) - 63;  // |v| < 2^(exponent + 1)
-        return fits ? __int_as_float((127 + 13 - exponent) << 23) : __int_as_float(0x7FC00000);
+        const float factor = device::row_factor(square);
+        return factor > 0 ? factor : __int_as_float(0x7FC00000);
     }
     /// The whole row, in little code, `Batch` parts at a time; the t that it took. A row that is not `inside` is zeros.
     /// `vectors`: loads of four serve. `centre(column)`: four columns of the centre times the scale, zeros behind the
