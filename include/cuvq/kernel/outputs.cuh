@@ -65,12 +65,28 @@ __device__ void write_codes(const detail::quantize_args<X, C>& a, const search_t
     }
 }
 
+/// Sums of four values over `lanes` lanes each, at least four: those of `v[i]` in the i-th quarter of the lanes.
+__device__ inline float sum_quarters(const float (&v)[4], int lanes) {
+    constexpr unsigned all = 0xFFFFFFFFu;
+    const int lane = static_cast<int>(threadIdx.x);
+    int step = lanes / 2;
+    const bool high = lane & step;
+    const float even = (high ? v[2] : v[0]) + __shfl_xor_sync(all, high ? v[0] : v[2], step);
+    const float odd = (high ? v[3] : v[1]) + __shfl_xor_sync(all, high ? v[1] : v[3], step);
+    step /= 2;
+    const bool second = lane & step;
+    float sum = (second ? odd : even) + __shfl_xor_sync(all, second ? even : odd, step);
+    while ((step /= 2) > 0) sum += __shfl_xor_sync(all, sum, step);
+    return sum;
+}
+
 /// Quantized rows and distances of `count` <= 32 rows from `first` on, by a warp; lane r holds the code of row r, -1 if
 /// it has none. Each lane adds distances of rows onto its `loss`, always the same ones.
 template <class X, class C>
 __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t first,
                            int count, std::int64_t code, double& loss) {
     if (!wants_rows(a, tally)) return;
+    constexpr unsigned all = 0xFFFFFFFFu;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const bool wants_distance = a.distances || tally.loss != nullptr;
     const std::int64_t columns = a.x.columns;
@@ -81,43 +97,81 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
     constexpr int batch = 4;  // rows in flight
     const int rows = 32 / lanes, start = lane / lanes, column = 4 * (lane % lanes);
     const float nan = __int_as_float(0x7FC00000);
+    // The distance of row r, whose sum of squares lane `owner` of its lanes has. Whole warp.
+    const auto put_distance = [&](int r, float sum, bool owner) {
+        const std::int64_t k = __shfl_sync(all, code, r & 31);
+        const bool has_code = r < count && k >= 0;
+        double distance = has_code ? sum : nan;
+        // In float each lane's sums add up at most D / 128 squares: good to the promised error within these limits.
+        const bool doubtful = has_code && !(sum >= 0x1p-80f && sum <= 0x1p126f && columns <= 4096);
+        for (unsigned again = __ballot_sync(all, doubtful && owner); again != 0; again &= again - 1) {
+            const int which = __ffs(again) - 1, own_row = __shfl_sync(all, r, which);
+            const std::int64_t own_code = __shfl_sync(all, k, which);
+            const double exact = device::exact_distance(a.x.row(first + own_row), a.codebook.row(own_code), columns);
+            if (lane == which) distance = exact;
+        }
+        if (!owner || r >= count) return;
+        if (a.distances) a.distances[first + r] = static_cast<float>(distance);
+        if (tally.loss && has_code) loss += distance;
+    };
+
+    const C* const own_from = code < 0 ? nullptr : a.codebook.row(code);
     for (int base = 0; base < count; base += batch * rows) {
-        std::int64_t k[batch];
-        bool beyond[batch];
-        const X* row[batch];
-        float sums[batch][4] = {};
+        const C* from[batch];  // the code's row; null if there is none. Beyond the last row, that one again.
+        bool plain = aligned;
 #pragma unroll
         for (int b = 0; b < batch; ++b) {
-            const int r = base + b * rows + start;
-            k[b] = __shfl_sync(0xFFFFFFFFu, code, r & 31);
-            beyond[b] = r >= count;
-            if (beyond[b]) k[b] = -1;
-            row[b] = a.x.row(first + (r < count ? r : 0));
+            const int r = min(base + b * rows + start, count - 1);
+            from[b] = reinterpret_cast<const C*>(__shfl_sync(all, reinterpret_cast<unsigned long long>(own_from), r));
+            plain = plain && from[b] != nullptr;
         }
-        for (std::int64_t d = column; d < columns; d += 4 * lanes) {
-            float4 x[batch], c[batch];
+        float sums[batch][4] = {};
+        const auto add = [&](int b, const float4& x, const float4& c) {
+            const float4 e{x.x - c.x, x.y - c.y, x.z - c.z, x.w - c.w};
+            sums[b][0] = fmaf(e.x, e.x, sums[b][0]);
+            sums[b][1] = fmaf(e.y, e.y, sums[b][1]);
+            sums[b][2] = fmaf(e.z, e.z, sums[b][2]);
+            sums[b][3] = fmaf(e.w, e.w, sums[b][3]);
+        };
+        const int left = count - base - start;  // a lane's rows: those b with b * rows below
+        if (__all_sync(all, plain)) {           // as nearly always
+            const X* row[batch];
+            X* to[batch];
 #pragma unroll
             for (int b = 0; b < batch; ++b) {
-                x[b] = {0, 0, 0, 0};
-                c[b] = {nan, nan, nan, nan};
-                if (k[b] < 0) continue;
-                const C* from = a.codebook.row(k[b]);
-                if (wants_distance) x[b] = aligned ? device::load4(row[b] + d) : device::load4(row[b], d, columns);
-                c[b] = aligned ? device::load4(from + d) : device::load4(from, d, columns);
+                const std::int64_t r = first + (b * rows < left ? base + start + b * rows : 0);
+                row[b] = a.x.row(r);
+                to[b] = a.quantized.row(r);
             }
+            for (std::int64_t d = column; d < columns; d += 4 * lanes) {
+                float4 x[batch], c[batch];
 #pragma unroll
-            for (int b = 0; b < batch; ++b) {
-                const float4 e{x[b].x - c[b].x, x[b].y - c[b].y, x[b].z - c[b].z, x[b].w - c[b].w};
-                sums[b][0] = fmaf(e.x, e.x, sums[b][0]);
-                sums[b][1] = fmaf(e.y, e.y, sums[b][1]);
-                sums[b][2] = fmaf(e.z, e.z, sums[b][2]);
-                sums[b][3] = fmaf(e.w, e.w, sums[b][3]);
-                if (!a.quantized || beyond[b]) continue;
-                X* to = a.quantized.row(first + base + b * rows + start) + d;
-                if (aligned) {
-                    store4(to, c[b]);
-                } else {
-                    const float v[4] = {c[b].x, c[b].y, c[b].z, c[b].w};
+                for (int b = 0; b < batch; ++b) {
+                    c[b] = device::load4(from[b] + d);
+                    if (wants_distance) x[b] = device::load4(row[b] + d);
+                }
+#pragma unroll
+                for (int b = 0; b < batch; ++b)
+                    if (a.quantized && b * rows < left) store4(to[b] + d, c[b]);
+                if (!wants_distance) continue;
+#pragma unroll
+                for (int b = 0; b < batch; ++b) add(b, x[b], c[b]);
+            }
+        } else {
+#pragma unroll 1
+            for (std::int64_t d = column; d < columns; d += 4 * lanes) {
+#pragma unroll
+                for (int b = 0; b < batch; ++b) {
+                    if (b * rows >= left) continue;
+                    const std::int64_t r = first + base + start + b * rows;
+                    float4 c{nan, nan, nan, nan};
+                    if (from[b]) {
+                        c = device::load4(from[b], d, columns);
+                        if (wants_distance) add(b, device::load4(a.x.row(r), d, columns), c);
+                    }
+                    if (!a.quantized) continue;
+                    X* to = a.quantized.row(r) + d;
+                    const float v[4] = {c.x, c.y, c.z, c.w};
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
                         if (d + i < columns) to[i] = static_cast<X>(v[i]);
@@ -125,22 +179,17 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
             }
         }
         if (!wants_distance) continue;
+        float sum[batch];
 #pragma unroll
-        for (int b = 0; b < batch; ++b) {
-            float sum = (sums[b][0] + sums[b][1]) + (sums[b][2] + sums[b][3]);
-            for (int step = 1; step < lanes; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-            double distance = k[b] < 0 ? nan : sum;
-            // In float each lane's sums add up at most D / 128 squares: good to the promised error within these limits.
-            const bool doubtful = k[b] >= 0 && !(sum >= 0x1p-80f && sum <= 0x1p126f && columns <= 4096);
-            for (unsigned again = __ballot_sync(0xFFFFFFFFu, doubtful && column == 0); again != 0; again &= again - 1) {
-                const int owner = __ffs(again) - 1, r = base + b * rows + owner / lanes;
-                const std::int64_t code_of_r = __shfl_sync(0xFFFFFFFFu, code, r);
-                const double exact = device::exact_distance(a.x.row(first + r), a.codebook.row(code_of_r), columns);
-                if (lane == owner) distance = exact;
-            }
-            if (column == 0 && !beyond[b]) {
-                if (a.distances) a.distances[first + base + b * rows + start] = static_cast<float>(distance);
-                if (tally.loss && k[b] >= 0) loss += distance;
+        for (int b = 0; b < batch; ++b) sum[b] = (sums[b][0] + sums[b][1]) + (sums[b][2] + sums[b][3]);
+        if (lanes >= batch) {  // a row for each quarter of the lanes
+            const int quarter = lanes / batch, b = lane % lanes / quarter;
+            put_distance(base + b * rows + start, sum_quarters(sum, lanes), lane % quarter == 0);
+        } else {
+#pragma unroll
+            for (int b = 0; b < batch; ++b) {
+                if (lanes == 2) sum[b] += __shfl_xor_sync(all, sum[b], 1);
+                put_distance(base + b * rows + start, sum[b], column == 0);
             }
         }
     }
