@@ -74,18 +74,18 @@ __device__ inline int row_largest(int v) {
     return max(v, __shfl_xor_sync(0xFFFFFFFFu, v, 2));
 }
 
-/// The largest but two of a thread's tagged scores of one of its two rows: the largest below `runner`.
+/// The largest but two of a thread's tagged scores of one of its two rows: the largest below `runner`; where that is
+/// negative, maybe the largest of all.
 __device__ inline int third_largest(const int (&s)[64], int half, int runner) {
-    int third = leaders::least;
+    // As unsigned, s - runner is 0 or small for the two largest and wraps to the larger, the closer.
+    const unsigned from = 0u - static_cast<unsigned>(runner);
+    unsigned near[2] = {0, 0};
 #pragma unroll
     for (int j = 0; j < 64; j += 4) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int v = s[j + 2 * half + i];
-            third = max(third, v < runner ? v : leaders::least);
-        }
+        for (int i = 0; i < 2; ++i) near[i] = __viaddmax_u32(static_cast<unsigned>(s[j + 2 * half + i]), from, near[i]);
     }
-    return third;
+    return static_cast<int>(max(near[0], near[1]) + static_cast<unsigned>(runner));
 }
 
 /// Offers the scores of a tile to the leaders of a thread's two rows with their error bounds. Not `exact`: without the
@@ -135,55 +135,70 @@ __device__ inline void offer_tile(const float (&score)[64], int tile, int mask, 
     lead1.offer(top1, runner1, tile);
 }
 
-/// Turns what the four threads of a row saw into a code, or into words for the finishing warps. All four call it.
-__device__ inline void conclude(const leaders& mine, float error, bool exact, row_results& results, int row) {
+/// Turns what the four threads of two rows saw, row and row + 8, into codes, or into words for the finishing warps. All
+/// four call it; the two go side by side, since each waits for others most of the time.
+__device__ inline void conclude(const leaders& lead0, const leaders& lead1, float error0, float error1, bool exact,
+                                row_results& results, int row) {
     const int q = static_cast<int>(threadIdx.x) % 4;
     const auto code_of = [&](int tagged_score, int tile) {
         const int at = place_of(tagged_score);
         return tile * image_tile + (at >> 1) * 8 + 2 * q + (at & 1);
     };
-    const int best = row_largest(mine.best);
+    const int best0 = row_largest(lead0.best), best1 = row_largest(lead1.best);
     if (!exact) {
-        const int top = best & tag_mask;
-        int code = (mine.best & tag_mask) == top ? code_of(mine.best, mine.best_tile) : 0x7FFFFFFF;
-        code = min(code, __shfl_xor_sync(0xFFFFFFFFu, code, 1));
-        code = min(code, __shfl_xor_sync(0xFFFFFFFFu, code, 2));
-        const bool ordered = top > 0 && error == error;  // integers order positive scores only
-        if (q == 0) {
-            results.code[row] = ordered ? code : -2;
-            if (!ordered) results.word[row][0] = row_results::everything;
+        const auto put = [&](const leaders& mine, int best, float error, int row) {
+            const int top = best & tag_mask;
+            int code = (mine.best & tag_mask) == top ? code_of(mine.best, mine.best_tile) : 0x7FFFFFFF;
+            code = min(code, __shfl_xor_sync(0xFFFFFFFFu, code, 1));
+            code = min(code, __shfl_xor_sync(0xFFFFFFFFu, code, 2));
+            const bool ordered = top > 0 && error == error;  // integers order positive scores only
+            if (q == 0) {
+                results.code[row] = ordered ? code : -2;
+                if (!ordered) results.word[row][0] = row_results::everything;
+            }
+        };
+        put(lead0, best0, error0, row);
+        put(lead1, best1, error1, row + 8);
+        return;
+    }
+    constexpr int lost = 1 << 16;  // above all counts of words
+    const auto words_of = [&](const leaders& mine, int least) {
+        if (mine.rest >= least) return lost + 1;  // something dropped could win
+        return (mine.best >= least) + (mine.best_runner >= least) + (mine.next >= least) + (mine.next_runner >= least) +
+               (mine.third >= least);
+    };
+    const int limit0 = least_candidate(best0, error0), least0 = max(limit0, 1);
+    const int limit1 = least_candidate(best1, error1), least1 = max(limit1, 1);
+    const int words0 = words_of(lead0, least0), words1 = words_of(lead1, least1);
+    const int next0 = __shfl_xor_sync(0xFFFFFFFFu, words0, 1), next1 = __shfl_xor_sync(0xFFFFFFFFu, words1, 1);
+    const int pair0 = words0 + next0, pair1 = words1 + next1;
+    const int far0 = __shfl_xor_sync(0xFFFFFFFFu, pair0, 2), far1 = __shfl_xor_sync(0xFFFFFFFFu, pair1, 2);
+    const auto put = [&](const leaders& mine, int limit, int least, int words, int next, int far, int row) {
+        const int total = words + next + far;
+        if (limit > 0 && total == 1) {
+            if (words == 1) results.code[row] = code_of(mine.best, mine.best_tile);
+            return;
         }
-        return;
-    }
-    const int limit = least_candidate(best, error), least = max(limit, 1);
-    const bool decided = limit > 0;
-    const bool lost = mine.rest >= least;  // something dropped could win
-    int words = 1;
-    if (!lost)
-        words = (mine.best >= least) + (mine.best_runner >= least) + (mine.next >= least) +
-                (mine.next_runner >= least) + (mine.third >= least);
-    const int from1 = __shfl_xor_sync(0xFFFFFFFFu, words, 1), pair = words + from1;
-    const int from2 = __shfl_xor_sync(0xFFFFFFFFu, pair, 2), total = pair + from2;
-    if (decided && total == 1 && !__any_sync(0xFu << (threadIdx.x & 28u), lost)) {
-        if (words == 1) results.code[row] = code_of(mine.best, mine.best_tile);
-        return;
-    }
-    const bool fits = decided && total <= row_results::words;
-    if (q == 0) results.code[row] = fits ? -1 - total : -2;
-    if (!fits) {
-        if (q == 0) results.word[row][0] = row_results::everything;
-        return;
-    }
-    int* word = results.word[row] + (q & 1 ? from1 : 0) + (q & 2 ? from2 : 0);
-    if (lost) {
-        *word = row_results::column | q;
-        return;
-    }
-    if (mine.best >= least) *word++ = code_of(mine.best, mine.best_tile);
-    if (mine.best_runner >= least) *word++ = code_of(mine.best_runner, mine.best_tile);
-    if (mine.next >= least) *word++ = code_of(mine.next, mine.next_tile);
-    if (mine.next_runner >= least) *word++ = code_of(mine.next_runner, mine.next_tile);
-    if (mine.third >= least) *word++ = code_of(mine.third, mine.third_tile);
+        const int count = total & (lost - 1);
+        const bool fits = limit > 0 && count <= row_results::words;
+        if (q == 0) results.code[row] = fits ? -1 - count : -2;
+        if (!fits) {
+            if (q == 0) results.word[row][0] = row_results::everything;
+            return;
+        }
+        int* word = results.word[row] + (q & 1 ? next & (lost - 1) : 0) + (q & 2 ? far & (lost - 1) : 0);
+        if (words > lost) {
+            *word = row_results::column | q;
+            return;
+        }
+        if (mine.best >= least) *word++ = code_of(mine.best, mine.best_tile);
+        if (mine.best_runner >= least) *word++ = code_of(mine.best_runner, mine.best_tile);
+        if (mine.next >= least) *word++ = code_of(mine.next, mine.next_tile);
+        if (mine.next_runner >= least) *word++ = code_of(mine.next_runner, mine.next_tile);
+        if (mine.third >= least) *word++ = code_of(mine.third, mine.third_tile);
+    };
+    put(lead0, limit0, least0, words0, next0, far0, row);
+    put(lead1, limit1, least1, words1, next1, far1, row + 8);
 }
 
 #endif  // CUVQ_HAS_WGMMA

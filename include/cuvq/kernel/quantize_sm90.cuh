@@ -304,8 +304,7 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
         }
         arrive_each(barriers.rows_empty + at);
         wait(barriers.results_empty + put, (turn / shared::result_buffers & 1) ^ 1);
-        conclude(lead0, error0, exact, results[put], row0);
-        conclude(lead1, error1, exact, results[put], row0 + 8);
+        conclude(lead0, lead1, error0, error1, exact, results[put], row0);
         arrive_each(barriers.results_full + put);
     }
 }
