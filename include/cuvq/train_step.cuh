@@ -21,7 +21,8 @@ namespace cuvq {
 
 namespace detail {
 
-/// What a step keeps from its search to its end; then the scratch of the search, and in its place that of the update.
+/// What a step keeps from its search to its end; then the scratch of the search, and in its place that of the update,
+/// each of whose kernels waits for the end of the search before it writes anything.
 struct train_scratch {
     update_tally counters;
     kernel::search_tally tally;  // loss and rows_without, with stats
@@ -48,8 +49,9 @@ struct train_scratch {
 
 }  // namespace detail
 
-/// Bytes of workspace that `train_step` takes for this shape and these params: what `quantize` or `ema_update` does,
-/// whichever is more; 4 bytes per row where K is 256, 65536 or 2^32; with `params.stats`, 257 KB.
+/// Bytes of workspace that `train_step` takes for this shape and these params: as many as `quantize` (without `stats`
+/// or a prepared codebook) or `ema_update`, whichever takes more, to within 1 KB; plus 4 bytes per row where K is 256
+/// or 65536; plus 257 KB with `params.stats`.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t train_step_workspace_bytes(const shape& s, const train_params& params = {}) {
     detail::check_shape("train_step_workspace_bytes", s);

@@ -83,8 +83,8 @@ template <int Blocks>
 struct mailbox {
     std::uint64_t barrier;
 
-    /// One thread, before all of the block's `cluster::arrive_relaxed`; others send after their `wait`. Barriers that
-    /// it has made before are safe from then on, too.
+    /// One thread, before all of the block's `cluster::arrive_relaxed`; others send after their `wait`. In a cluster of
+    /// several blocks its fence covers the barriers that this thread has initialised before, too.
     __device__ void open() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
         if (Blocks == 1) return;

@@ -28,7 +28,7 @@ public:
         used_ += (static_cast<std::size_t>(count) * sizeof(T) + unit - 1) / unit * unit;
         return reinterpret_cast<T*>(at);
     }
-    /// For what `other`, a copy of this one, has taken since, at the same place as what this one has: another time.
+    /// Counts in what `other`, a copy of this one, has laid out over the same memory, for use at another time.
     void share(const carver& other) { used_ = std::max(used_, other.used_); }
     std::size_t bytes() const { return used_; }
 

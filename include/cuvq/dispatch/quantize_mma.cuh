@@ -133,10 +133,11 @@ std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel:
     return std::int64_t{choosing} * warps;
 }
 
-/// Whether rows of a static D are so narrow that mma_flat fits every device of sm_80 and later.
+/// Whether rows of a static D are so narrow that mma_flat fits every device of sm_80 and later: a block has at least
+/// 99 KB there, and the kernel declares less than 3.
 template <std::size_t D>
 inline constexpr bool flat_fits =
-    D != dynamic_extent&& device::nearest_storage<mma_flat>::bytes(static_cast<std::int64_t>(D)) <= 96 << 10;
+    (D != dynamic_extent) && device::nearest_storage<mma_flat>::bytes(static_cast<std::int64_t>(D)) <= 96 << 10;
 
 /// A tile that fits wherever the portable search runs at all.
 template <std::size_t D>

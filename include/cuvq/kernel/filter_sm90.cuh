@@ -136,7 +136,7 @@ __device__ inline void offer_tile(const float (&score)[64], int tile, int mask, 
 }
 
 /// Turns what the four threads of two rows saw, row and row + 8, into codes, or into words for the finishing warps. All
-/// four call it; the two go side by side, since each waits for others most of the time.
+/// four call it; the rows go side by side, since one alone would mostly wait for shuffles.
 __device__ inline void conclude(const leaders& lead0, const leaders& lead1, float error0, float error1, bool exact,
                                 row_results& results, int row) {
     const int q = static_cast<int>(threadIdx.x) % 4;
