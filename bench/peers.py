@@ -322,16 +322,17 @@ class RectokensTrain(RectokensUpdate):
 
 
 class Peer:
-    """`scaling`: also timed at the shapes of the scaling charts; `grows`: its time is as N K D, whatever the codes."""
+    """`scaling`: also timed at the shapes of the scaling charts; `grows`: its time is as N K D, whatever the codes;
+    `tunes`: it takes seconds at each shape before it can be timed."""
 
-    def __init__(self, test, who, make, *, distributions=("",), tf32=False, captured=True, scaling=False, grows=False):
+    def __init__(self, test, who, make, *, distributions=("",), tf32=False, captured=True, scaling=False, grows=False,
+                 tunes=False):
         self.test, self.who, self.make = test, who, make
         self.distributions, self.tf32, self.captured = distributions, tf32, captured
-        self.scaling, self.grows = scaling, grows
+        self.scaling, self.grows, self.tunes = scaling, grows, tunes
 
 
-# In the order of the rows. What compiles many kernels comes behind all others, so that a budget costs the dear ones
-# first.
+# In the order of the rows, but for what `planned` puts last.
 PEERS = [
     Peer("quantize", "torch_addmm_fp32", torch_addmm, scaling=True),
     Peer("quantize", "torch_addmm_tf32", torch_addmm, tf32=True, scaling=True),
@@ -342,10 +343,10 @@ PEERS = [
     Peer("quantize", "vector_quantize_pytorch", lambda p: vector_quantize(p, False), captured=False),
     Peer("train_step", "vector_quantize_pytorch", lambda p: vector_quantize(p, True), captured=False),
     Peer("ema_update", "rectokens", RectokensUpdate, distributions=DISTRIBUTIONS, scaling=True, grows=True),
-    Peer("quantize", "rectokens", rectokens_assign),
-    Peer("quantize", "torch_compile_tf32", lambda p: torch_addmm(p, True), tf32=True),
-    Peer("quantize", "torch_compile_fp32", lambda p: torch_addmm(p, True)),
-    Peer("train_step", "rectokens", RectokensTrain, grows=True),
+    Peer("quantize", "torch_compile_tf32", lambda p: torch_addmm(p, True), tf32=True, tunes=True),
+    Peer("quantize", "torch_compile_fp32", lambda p: torch_addmm(p, True), tunes=True),
+    Peer("quantize", "rectokens", rectokens_assign, tunes=True),
+    Peer("train_step", "rectokens", RectokensTrain, grows=True, tunes=True),
 ]
 # Where such a peer is given other codes than uniform ones all the same.
 ANY_CODES = (1048576, 1024, 128)
@@ -403,9 +404,12 @@ def planned(peers, shapes, scaling_only):
                         continue
                 rows.append((peer, shape, distribution))
 
-    def lateness(row):  # what takes seconds a row, and what charts alone want of it, comes last
+    def lateness(row):
+        """What charts alone want, what takes seconds to tune, and then what takes seconds to run, comes last, so that a
+        budget costs the dear rows first; what tunes shape by shape, so that it costs no peer all of its rows."""
         peer, shape, _ = row
-        return peer.grows and math.prod(shape) > DEAR, peer.grows and shape in scaling_only
+        dear, for_charts = peer.grows and math.prod(shape) > DEAR, peer.grows and shape in scaling_only
+        return dear, peer.tunes, shapes.index(shape) if peer.tunes else 0, for_charts
 
     return sorted(rows, key=lateness)
 

@@ -5,6 +5,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import pathlib
 import signal
@@ -237,6 +238,14 @@ class PeersTest(WithResults):
         rows = [(p.test, p.who) for p, shape, _ in peers.planned(options.peers, options.shapes, options.scaling_only)]
         dear = [("rectokens" in who or "compile" in who) for _, who in rows]
         self.assertEqual(dear, sorted(dear))
+
+    def test_what_tunes_goes_shape_by_shape(self):
+        options = peers.parse(["--shapes=seed,models"])
+        tuned = [(options.shapes.index(shape), p.who) for p, shape, _ in
+                 peers.planned(options.peers, options.shapes, options.scaling_only)
+                 if p.tunes and (not p.grows or math.prod(shape) <= peers.DEAR)]
+        self.assertEqual([at for at, _ in tuned], sorted(at for at, _ in tuned))
+        self.assertEqual({who for at, who in tuned if at == 0}, {"torch_compile_tf32", "torch_compile_fp32", "rectokens"})
 
     def test_shapes_come_once(self):
         options = peers.parse(["--shape=1024,1024,128", "--shapes=seed,scaling"])
