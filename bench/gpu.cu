@@ -338,6 +338,34 @@ void add_codes(fixture& s, const cuvq::shape& shape, const char* type, const cha
     });
 }
 
+/// Codes, quantized rows and distances; the codebook is prepared in each call.
+template <class X>
+void add_all(fixture& s, const cuvq::shape& shape, const char* type, const char* variant, accuracy how) {
+    add(s, {"quantize", "cuvq", type, shape, variant}, [&s, how](benchmark::State& state, const row& r) {
+        auto& judged = s.get<X>(r.shape);
+        const auto& p = judged.data;
+        quantize_params params;
+        params.accuracy = how;
+        const buffer<X> quantized(p.shape.vectors * p.shape.dimensions);
+        const buffer<float> distances(p.shape.vectors);
+        const lent_memory memory(quantize_workspace_bytes(p.shape, params));
+        const auto launch = [&](int set) {
+            quantize(p.x_of(set), p.codebook_view(), p.codes_of(set),
+                     matrix_view<X>(quantized.data(), p.shape.vectors, p.shape.dimensions),
+                     vector_view<float>(distances.data(), p.shape.vectors), params, memory.lend(), s.watch.stream());
+        };
+        const auto m = s.watch.time(p.sets, nothing, launch);
+        p.codes.poison(s.watch.stream());
+        quantized.poison(s.watch.stream());
+        distances.poison(s.watch.stream());
+        launch(0);  // the last to run above may have been another set
+        s.watch.wait();
+        auto v = judged.oracle().judge(p.codes.data(), quantized.data(), distances.data());
+        v.approximate = how != accuracy::exact;
+        s.out.write(state, r, m, quantize_work(p.shape, sizeof(X), true), v);
+    });
+}
+
 template <class X>
 void add_quantize(fixture& s, const cuvq::shape& shape, const char* type) {
     add_codes<X>(s, shape, type, "codes", [](const problem<X>&, quantize_params&) { return nullptr; });
@@ -354,26 +382,8 @@ void add_quantize(fixture& s, const cuvq::shape& shape, const char* type) {
         params.accuracy = accuracy::fast;
         return prepared(p, params);
     });
-    add(s, {"quantize", "cuvq", type, shape, "all"}, [&s](benchmark::State& state, const row& r) {
-        auto& judged = s.get<X>(r.shape);
-        const auto& p = judged.data;
-        const buffer<X> quantized(p.shape.vectors * p.shape.dimensions);
-        const buffer<float> distances(p.shape.vectors);
-        const lent_memory memory(quantize_workspace_bytes(p.shape));
-        const auto launch = [&](int set) {
-            quantize(p.x_of(set), p.codebook_view(), p.codes_of(set),
-                     matrix_view<X>(quantized.data(), p.shape.vectors, p.shape.dimensions),
-                     vector_view<float>(distances.data(), p.shape.vectors), {}, memory.lend(), s.watch.stream());
-        };
-        const auto m = s.watch.time(p.sets, nothing, launch);
-        p.codes.poison(s.watch.stream());
-        quantized.poison(s.watch.stream());
-        distances.poison(s.watch.stream());
-        launch(0);  // the last to run above may have been another set
-        s.watch.wait();
-        s.out.write(state, r, m, quantize_work(p.shape, sizeof(X), true),
-                    judged.oracle().judge(p.codes.data(), quantized.data(), distances.data()));
-    });
+    add_all<X>(s, shape, type, "all", accuracy::exact);
+    add_all<X>(s, shape, type, "fast_all", accuracy::fast);
 }
 
 template <class X>

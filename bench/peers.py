@@ -20,6 +20,7 @@ scaling charts show are timed.
 
 import argparse
 import importlib
+import importlib.metadata
 import math
 import signal
 import statistics
@@ -340,11 +341,11 @@ PEERS = [
     Peer("accumulate", "torch_index_add", torch_index_add, distributions=DISTRIBUTIONS, scaling=True),
     Peer("accumulate", "flash_kmeans", flash_kmeans_sums, distributions=DISTRIBUTIONS, scaling=True),
     Peer("quantize", "torch_cdist", torch_cdist),
+    Peer("quantize", "torch_compile_tf32", lambda p: torch_addmm(p, True), tf32=True),
+    Peer("quantize", "torch_compile_fp32", lambda p: torch_addmm(p, True)),
     Peer("quantize", "vector_quantize_pytorch", lambda p: vector_quantize(p, False), captured=False),
     Peer("train_step", "vector_quantize_pytorch", lambda p: vector_quantize(p, True), captured=False),
     Peer("ema_update", "rectokens", RectokensUpdate, distributions=DISTRIBUTIONS, scaling=True, grows=True),
-    Peer("quantize", "torch_compile_tf32", lambda p: torch_addmm(p, True), tf32=True, tunes=True),
-    Peer("quantize", "torch_compile_fp32", lambda p: torch_addmm(p, True), tunes=True),
     Peer("quantize", "rectokens", rectokens_assign, tunes=True),
     Peer("train_step", "rectokens", RectokensTrain, grows=True, tunes=True),
 ]
@@ -579,8 +580,8 @@ def main(arguments):
         context.update(device=torch.cuda.get_device_name(0), torch=torch.__version__, cuda_runtime=torch.version.cuda)
         for name in ("triton", "flash_kmeans", "vector_quantize_pytorch"):
             try:
-                context[name] = getattr(module(name), "__version__", "unknown")
-            except Skip:
+                context[name] = getattr(module(name), "__version__", None) or importlib.metadata.version(name)
+            except (Skip, importlib.metadata.PackageNotFoundError):
                 pass
         with torch.no_grad():
             code = run(torch, options, save)

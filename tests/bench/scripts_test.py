@@ -124,6 +124,16 @@ class ResultsTest(WithResults):
         update = by_name[f"ema_update/cuvq/float/{SHAPE}/uniform"]
         self.assertAlmostEqual(update["vs_torch_index_add"], 34 / 59, places=4)
 
+    def test_of_a_peer_timed_twice_the_faster_row_counts(self):
+        name = f"quantize/flash_kmeans/float/{SHAPE}/codes"
+        for file, us in (("peers_again.json", 80.0), ("peers_later.json", 99.0)):
+            results.write(self.directory / file, {}, [row(name, us, wrong=2)])
+        self.assertEqual(results.Results(self.directory).us("quantize", "flash_kmeans", (65536, 1024, 128),
+                                                            variant="codes"), 80.0)
+        results.add_ratios(self.directory)
+        by_name = {e["name"]: e for e in json.loads((self.directory / "cuvq_float.json").read_text())["benchmarks"]}
+        self.assertAlmostEqual(by_name[f"quantize/cuvq/float/{SHAPE}/prepared"]["vs_flash_kmeans"], 58 / 80, places=4)
+
     def test_peers_get_the_rates_of_the_same_job(self):
         results.add_ratios(self.directory)
         by_name = {e["name"]: e for e in json.loads((self.directory / "peers.json").read_text())["benchmarks"]}
@@ -236,16 +246,16 @@ class PeersTest(WithResults):
     def test_the_dear_rows_come_last(self):
         options = peers.parse(["--shapes=seed,large"])
         rows = [(p.test, p.who) for p, shape, _ in peers.planned(options.peers, options.shapes, options.scaling_only)]
-        dear = [("rectokens" in who or "compile" in who) for _, who in rows]
+        dear = [who == "rectokens" for _, who in rows]
         self.assertEqual(dear, sorted(dear))
 
     def test_what_tunes_goes_shape_by_shape(self):
         options = peers.parse(["--shapes=seed,models"])
-        tuned = [(options.shapes.index(shape), p.who) for p, shape, _ in
+        tuned = [(options.shapes.index(shape), p.test) for p, shape, _ in
                  peers.planned(options.peers, options.shapes, options.scaling_only)
                  if p.tunes and (not p.grows or math.prod(shape) <= peers.DEAR)]
         self.assertEqual([at for at, _ in tuned], sorted(at for at, _ in tuned))
-        self.assertEqual({who for at, who in tuned if at == 0}, {"torch_compile_tf32", "torch_compile_fp32", "rectokens"})
+        self.assertEqual([test for at, test in tuned if at == 0], ["quantize", "train_step"])
 
     def test_shapes_come_once(self):
         options = peers.parse(["--shape=1024,1024,128", "--shapes=seed,scaling"])
