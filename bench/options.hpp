@@ -72,18 +72,19 @@ take about 1 ms (at most 100). Vectors that fit in the card's L2 cache are timed
 there, as they are right after the layer that made them; larger ones (or all,
 with --cold) rotate over enough sets that none is still in L2: four times its
 size together, which may be a single one. Memory is allocated, and norms and
-copies that a peer needs of the codebook are made, outside the timed part. Data are random. On Hopper, the first kernel of a call
-may be launched while the call before it ends (it waits before it touches any
-memory), so that in a graph of many calls part of the launches is hidden.
+copies that a peer needs of the codebook are made, outside the timed part. Data
+are random. On Hopper, the first kernel of a call may be launched while the call
+before it ends (it waits before it touches any memory), so that in a graph of
+many calls part of the launches is hidden.
 
 VARIANT: of quantize, codes (nothing else is written; the codebook is prepared
 in every call), prepared (it was before), fast (the same with accuracy::fast),
 all (as codes; quantized rows and distances too) or fast_all (the same with
 accuracy::fast); of accumulate and ema_update, how the given codes are
-distributed. ema_update and train_step follow RecTokens'
-rules: a code restarts from a row of the batch after 20 steps without one. Their
-state is reset before each sample, with the counts of idle steps spread evenly,
-so that each step restarts a twentieth of the idle codes.
+distributed. ema_update and train_step follow RecTokens' rules: a code restarts
+from a row of the batch after 20 steps without one. Their state is reset before
+each sample, with the counts of idle steps spread evenly, so that each step
+restarts a twentieth of the idle codes.
 
 Peers: cublas_*_argmin: the matrix of scores by cuBLAS or cuBLASLt (its first
 four choices are tried), then a kernel for the argmin, a warp or a block to the
