@@ -59,24 +59,21 @@ void quantize_simt(const XView& x, const CodebookView& codebook, const CodesView
     if (args.x.rows > 0) dispatch::quantize_simt<simt_tile, dynamic_extent>(args, {}, nullptr);
 }
 
-/// The search of many rows on Hopper, whatever their number: codes only. `aside`: rows of many candidates are put
-/// aside, whatever the number of codes. False where there is no such search.
+/// The search of many rows on Hopper, whatever their number: codes only. False where there is no such search.
 template <class XView, class CodebookView, class CodesView>
-bool quantize_many(const XView& x, const CodebookView& codebook, const CodesView& codes, bool aside) {
+bool quantize_many(const XView& x, const CodebookView& codebook, const CodesView& codes) {
     const auto args = detail::validate_quantize("quantize_many", x, codebook, codes, discard, discard, {});
     int device = 0, major = 0, processors = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     if (args.x.rows == 0 || major != 9) return false;
-    const std::int64_t k = args.codebook.rows;
-    const shape room{args.x.rows, aside ? std::max<std::int64_t>(k, aside_from_codes + 1) : k, args.x.columns};
+    const shape room{std::max<std::int64_t>(args.x.rows, 65), args.codebook.rows, args.x.columns};
     detail::carver measure;
     dispatch::search_scratch(measure, room, {});
     const device_workspace ws(measure.bytes());
     detail::carver c(ws.lent().data);
     dispatch::search_scratch scratch(c, room, {});
-    if (!aside) scratch.aside.capacity = 0;
     bool launched = false;
     dispatch::with_sm90_tile(args.x.columns, [&](auto tile) {
         dispatch::prepare<decltype(tile)::dimensions>(args.codebook, scratch.image, nullptr);
@@ -161,11 +158,9 @@ found<X> expect_exact(const matrix<X>& x, const matrix<C>& codebook, row_layout 
     EXPECT_EQ(plain.codes, got.codes) << "on the CUDA cores";
     EXPECT_TRUE(same_bits(plain.quantized, got.quantized)) << "on the CUDA cores";
     EXPECT_TRUE(same_bits(plain.distances, got.distances)) << "on the CUDA cores";
-    for (const bool aside : {false, true}) {
-        memory.poison_outputs();
-        if (quantize_many(memory.x.view(), memory.codebook.view(), memory.codes.view(), aside))
-            EXPECT_EQ(memory.outcome().codes, got.codes) << "as if there were many rows, aside: " << aside;
-    }
+    memory.poison_outputs();
+    if (quantize_many(memory.x.view(), memory.codebook.view(), memory.codes.view()))
+        EXPECT_EQ(memory.outcome().codes, got.codes) << "as if there were many rows";
     return got;
 }
 

@@ -142,7 +142,7 @@ __device__ void exact_distances(const X* x, const C* const (&codes)[Codes], std:
     for (int k = 0; k < Codes; ++k) aligned = aligned && is_aligned4(codes[k]);
     float4 b[Codes];
     if (aligned) {  // one branch for all loads, so that they overlap
-#pragma unroll(Codes == 1 ? 4 : 2)
+#pragma unroll(Codes <= 2 ? 4 : 2)
         for (std::int64_t d = first; d < columns; d += 4 * exact_lanes) {
             const float4 a = load4(x + d);
 #pragma unroll

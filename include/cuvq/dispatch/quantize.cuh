@@ -66,9 +66,6 @@ void with_sm90_tile(std::int64_t dimensions, Use use) {
 /// Most blocks of a tensor-core search.
 inline constexpr std::int64_t most_blocks = kernel::most_segments / kernel::finishing_warps;
 
-/// Blocks that settle rows put aside.
-inline constexpr unsigned settle_blocks = 528;
-
 /// How the image of a codebook of D dimensions is laid out: as the sm_90a path's tiles want it, as long as they hold D.
 inline arch::slab_layout image_layout(std::int64_t dimensions) {
     arch::slab_layout layout{static_cast<int>((dimensions + 2) / 16 + 1)};
@@ -104,7 +101,7 @@ inline kernel::image_refresh take_prepared(detail::carver& c, std::int64_t codes
 /// Scratch memory of a search. `prepared`: the image is there already.
 struct search_scratch {
     kernel::codebook_image image{};
-    kernel::rows_aside aside{};
+    kernel::open_rows open{};
     parts_scratch parts{};
     bool prepared = false;
 
@@ -114,15 +111,14 @@ struct search_scratch {
         else
             image = take_image(c, s.codes, s.dimensions);
         parts = take_parts(c, s);
-        if (s.codes <= aside_from_codes) return;
-        // A segment per warp that writes codes, on as many processors as are provided for: 24 bytes per row in all.
+        // Fewer rows, or wider ones, are settled where they are searched.
         const std::int64_t groups = (s.vectors + kernel::row_results::rows - 1) / kernel::row_results::rows;
-        const std::int64_t segments = std::min<std::int64_t>(groups * kernel::finishing_warps, kernel::most_segments);
-        aside.capacity = segments > 0 ? static_cast<int>(std::min<std::int64_t>(s.vectors * 3 / 4 / segments, 256)) : 0;
-        if (aside.capacity == 0) return;
-        aside.rows = c.take<kernel::row_aside>(segments * aside.capacity);
-        aside.used = c.take<int>(segments);
-        aside.shared = c.take<kernel::shared_row>(kernel::most_shared_rows);
+        if (groups < 2 || s.dimensions > sm90_d269::dimensions || !has_image(s.codes, s.dimensions)) return;
+        open.rows = c.take<int>(groups * kernel::row_results::rows);
+        open.words = c.take<int4>(groups * kernel::row_results::rows);
+        open.counts = c.take<int2>(std::min<std::int64_t>(groups * kernel::finishing_warps, kernel::most_segments));
+        if (kernel::shared_parts(s.codes, s.dimensions) > 1)
+            open.shared = c.take<kernel::shared_row>(kernel::most_shared_rows);
     }
 
     void use(const prepared_codebook& from, std::int64_t codes, std::int64_t dimensions) {
@@ -195,7 +191,7 @@ std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const ke
     return blocks * kernel::few_warps;
 }
 
-/// Many rows: the pipeline, the rows that it put aside, and where they are asked for, quantized rows and distances.
+/// Many rows: the pipeline, the rows that it left open, and where they are asked for, quantized rows and distances.
 template <class Tile, class X, class C>
 std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                                 const search_scratch& scratch, bool exact, std::int64_t groups, int processors,
@@ -205,11 +201,10 @@ std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const k
     const std::int64_t blocks = std::min<std::int64_t>({processors, groups, most_blocks});
     allow_shared_bytes(search, shared::allocated);
     detail::launch_dependent(search, static_cast<unsigned>(blocks), static_cast<unsigned>(shared::threads), stream,
-                             shared::allocated, 1, args, scratch.image, tally, scratch.aside, skip_tiles, exact,
+                             shared::allocated, 1, args, scratch.image, tally, scratch.open, skip_tiles, exact,
                              kernel::tag_mask);
-    if (scratch.aside.capacity > 0)
-        detail::launch_dependent(kernel::settle_aside<X, C>, settle_blocks, kernel::settle_threads, stream, 0, 1, args,
-                                 tally, scratch.aside, static_cast<int>(blocks * kernel::finishing_warps));
+    detail::launch_dependent(kernel::settle_rows<X, C>, static_cast<unsigned>(processors * kernel::settle_blocks),
+                             kernel::settle_threads, stream, 0, 1, args, tally, scratch.open, static_cast<int>(blocks));
     if (!kernel::wants_rows(args, tally)) return 0;
     const unsigned output_blocks = detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, processors * 8);
     detail::launch_dependent(kernel::write_outputs<X, C>, output_blocks, kernel::outputs_threads, stream, 0, 1, args,

@@ -42,9 +42,6 @@ using sm90_d77 = sm90_tile<5, 3, 6, 5, 4, 8>;
 using sm90_d141 = sm90_tile<9, 3, 5, 3, 4, 4>;
 using sm90_d269 = sm90_tile<17, 2, 2, 2, 2, 2>;
 
-/// Codebooks of more codes have rows with very many candidates settled by a launch of their own.
-inline constexpr long long aside_from_codes = 2048;
-
 /// Up to so many groups of 64 rows per processor, `kernel/quantize_sm90_few.cuh` is the faster one.
 inline constexpr int few_waves = 1;
 

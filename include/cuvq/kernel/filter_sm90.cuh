@@ -15,14 +15,14 @@ namespace cuvq::kernel {
 
 /// What the filter leaves of one warpgroup's 64 rows.
 struct row_results {
-    static constexpr int rows = 64, words = 8;
+    static constexpr int rows = 64, words = 4;
     // A word is a code, or
     static constexpr int column = 1 << 29;         // column | q: all codes that thread q of 4 scored
     static constexpr int everything = 0x7FFFFFFF;  // the whole codebook
     static constexpr std::int64_t most_codes = 1 << 29;
 
-    int code[rows];         // the code, or -1 - n: open, to be settled from n words
-    int word[rows][words];  // candidates of an open row
+    int code[rows];                     // the code, or -1 - n: open, to be settled from n words
+    alignas(16) int word[rows][words];  // candidates of an open row
 };
 
 /// Clears the bits of a score that its tag takes: its place among the 32 that a thread holds of a row and tile.

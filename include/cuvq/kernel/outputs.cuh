@@ -52,17 +52,21 @@ CUVQ_HOST_DEVICE bool wants_rows(const detail::quantize_args<X, C>& a, const sea
     return a.quantized || a.distances || tally.loss != nullptr;
 }
 
-/// The codes of `count` <= 32 rows from `first` on, by a warp; lane r holds that of row r, -1 if it has none, or
-/// `code_aside`.
+/// The code of a row, -1 if it has none, by a thread.
+template <class X, class C>
+__device__ void write_code(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t row,
+                           std::int64_t code) {
+    a.codes.store(row, code);
+    if (tally.histogram && code >= 0) atomicAdd(tally.histogram + code, 1ull);
+    if (tally.rows_without && code < 0) atomicAdd(tally.rows_without, 1ull);
+}
+
+/// The codes of `count` <= 32 rows from `first` on, by a warp; lane r holds that of row r.
 template <class X, class C>
 __device__ void write_codes(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t first,
                             int count, std::int64_t code) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (lane < count && code != code_aside) {
-        a.codes.store(first + lane, code);
-        if (tally.histogram && code >= 0) atomicAdd(tally.histogram + code, 1ull);
-        if (tally.rows_without && code < 0) atomicAdd(tally.rows_without, 1ull);
-    }
+    if (lane < count) write_code(a, tally, first + lane, code);
 }
 
 /// Sums of four values over `lanes` lanes each, at least four: those of `v[i]` in the i-th quarter of the lanes.

@@ -2,7 +2,7 @@
 //
 // The search of many rows on Hopper, as a pipeline through one persistent block's shared memory. Consumer warpgroups
 // score 64 rows each against every tile of codes and keep the best. One warpgroup converts the next rows meanwhile. In
-// the last one, a warp streams the tiles of codes, and three write codes, settling rows that the filter left open.
+// the last one, a warp streams the tiles of codes, and three write codes and list the rows that the filter left open.
 #pragma once
 
 #include <cstddef>
@@ -25,16 +25,14 @@
 
 namespace cuvq::kernel {
 
-/// Warps of a block that write codes.
-inline constexpr int finishing_warps = 3;
-
 /// Shared memory of the kernel, by offsets.
 template <class Tile>
 struct sm90_shared {
     using layout = arch::wgmma_layout<Tile::steps>;
     static_assert(Tile::consumers >= 1 && Tile::stages >= 1 && Tile::row_buffers >= Tile::consumers,
                   "cuvq: every consumer of an sm90_tile needs a buffer of rows, lest they wait for each other");
-    static constexpr int result_buffers = 2 * Tile::consumers;
+    static constexpr int result_buffers = 2 * finishing_warps;  // so that each of them has its own
+    static_assert(result_buffers >= 2 * Tile::consumers, "");
     static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(row_results::rows);
     static constexpr int rows = Tile::stages * code_bytes;
     static constexpr int errors = rows + Tile::row_buffers * row_bytes;
@@ -45,18 +43,6 @@ struct sm90_shared {
     static constexpr int bytes = barriers + 8 * 2 * (Tile::stages + Tile::row_buffers + result_buffers);
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
     static constexpr int threads = 128 * (Tile::consumers + 2);
-    // Of the narrowest rows, so many come in the time that it takes to settle one that several are settled at once.
-    static constexpr int finishers_per_turn = Tile::steps == 1 ? 1 : finishing_warps;
-};
-
-/// The rows of a block: its turn t is 64 rows, every gridDim.x-th.
-struct row_span {
-    std::int64_t rows;
-
-    __device__ std::int64_t first(int turn) const {
-        return (std::int64_t{turn} * gridDim.x + blockIdx.x) * row_results::rows;
-    }
-    __device__ bool has(int turn) const { return first(turn) < rows; }
 };
 
 /// A ring of buffers as one side of it walks: which buffer, and the parity its barrier is waited for with.
@@ -122,7 +108,7 @@ struct sm90_barriers {
         }
         for (int i = 0; i < sm90_shared<Tile>::result_buffers; ++i) {
             ptx::mbarrier_init(results_full + i, 128);
-            ptx::mbarrier_init(results_empty + i, 32 * sm90_shared<Tile>::finishers_per_turn);
+            ptx::mbarrier_init(results_empty + i, 32);
         }
         ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
@@ -192,49 +178,45 @@ __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_c
     }
 }
 
-/// The finishing warp `part` of three: codes of its share of every 64 rows, or, where they come fast, of all of every
-/// third 64.
+/// Finishing warp `part`: codes, and lists of the rows that the filter left open.
 template <class Tile, class X, class C>
-__device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_tally& tally, const rows_aside& aside,
-                            row_results* results, const sm90_barriers<Tile>& barriers, const row_span& span, int part) {
-    using shared = sm90_shared<Tile>;
-    constexpr int sharers = shared::finishers_per_turn, turns = finishing_warps / sharers;
-    constexpr int share = (row_results::rows - 1) / sharers + 1;
-    const int lane = static_cast<int>(threadIdx.x) % 32, begin = part % sharers * share;
-    const int end = min(begin + share, row_results::rows);
-    const int segment = finishing_warps * static_cast<int>(blockIdx.x) + part;
-    int put_aside = 0;
-    for (int turn = part / sharers; span.has(turn); turn += turns) {
-        const unsigned put = static_cast<unsigned>(turn) % shared::result_buffers;
-        wait(barriers.results_full + put, static_cast<unsigned>(turn) / shared::result_buffers & 1);
+__device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
+                            const row_results* results, const sm90_barriers<Tile>& barriers, const row_span& span,
+                            int part) {
+    constexpr int buffers = sm90_shared<Tile>::result_buffers;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const rows_seen seen{span, part};
+    int front = 0, back = seen.count();  // of its list, what is free
+    for (int turn = part, number = lane; span.has(turn); turn += finishing_warps) {
+        const unsigned put = static_cast<unsigned>(turn) % buffers;
+        wait(barriers.results_full + put, static_cast<unsigned>(turn) / buffers & 1);
         const row_results& result = results[put];
 #pragma unroll 1
-        for (int start = begin; start < end; start += 32) {
-            const std::int64_t first = span.first(turn) + start;
-            const std::int64_t left = min(a.x.rows - first, std::int64_t{min(32, end - start)});
-            const int count = left > 0 ? static_cast<int>(left) : 0;
-            std::int64_t code = lane < count ? result.code[start + lane] : 0;
-            const unsigned open = __ballot_sync(0xFFFFFFFFu, code < 0);
-            bool heavy = false;
-            if (code < 0)
-                for (int i = 0; i < -1 - code; ++i)
-                    heavy = heavy || result.word[start + lane][i] >= row_results::column;
-            unsigned slow = __ballot_sync(0xFFFFFFFFu, heavy);
-            if (open != slow) settle_light(open & ~slow, result, start, first, a.x, a.codebook, code);
-            for (; slow != 0; slow &= slow - 1) {
-                const int r = __ffs(slow) - 1;
-                const int* words = result.word[start + r];
-                const int number = -1 - static_cast<int>(__shfl_sync(0xFFFFFFFFu, code, r));
-                std::int64_t found = code_aside;
-                if (!set_aside(aside, segment, put_aside, first + r, words, number))
-                    found = settle_open(words, number, a.x.row(first + r), a.codebook, a.x.columns);
-                if (lane == r) code = found;
+        for (int start = 0; start < row_results::rows; start += 32, number += 32) {
+            const std::int64_t row = span.first(turn) + start + lane;
+            const int code = row < a.x.rows ? result.code[start + lane] : 0;
+            const unsigned left_open = __ballot_sync(0xFFFFFFFFu, code < 0);
+            if (left_open != 0) {
+                int4 word = *reinterpret_cast<const int4*>(result.word[start + lane]);
+                word.y = code < -2 ? word.y : -1;
+                word.z = code < -3 ? word.z : -1;
+                word.w = code < -4 ? word.w : -1;
+                const bool wide = code < 0 && max(max(word.x, word.y), max(word.z, word.w)) >= row_results::column;
+                const unsigned all_wide = __ballot_sync(0xFFFFFFFFu, wide), below = (1u << lane) - 1;
+                back -= __popc(all_wide);
+                if (code < 0) {
+                    const std::int64_t place = seen.row(wide ? back + __popc(all_wide & below)
+                                                             : front + __popc(left_open & ~all_wide & below));
+                    open.rows[place] = number;
+                    open.words[place] = word;
+                }
+                front += __popc(left_open & ~all_wide);
             }
-            write_codes(a, tally, first, count, code);
+            if (code >= 0 && row < a.x.rows) write_code(a, tally, row, code);
         }
         arrive_each(barriers.results_empty + put);
     }
-    if (aside.capacity > 0 && lane == 0) aside.used[segment] = put_aside;
+    if (lane == 0) open.counts[finishing_warps * blockIdx.x + part] = {front, seen.count() - back};
 }
 
 /// The warp that streams the tiles of codes, in each round of turns all of them; one lane.
@@ -311,14 +293,14 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
 
 #endif  // CUVQ_HAS_WGMMA
 
-/// Codes of all rows of x, but for those put aside. `mask` is `tag_mask` (a parameter, so that clearing and tagging are
+/// Codes of all rows of x but those in `open`. `mask` is `tag_mask` (a parameter, so that clearing and tagging are
 /// one instruction).
 template <class Tile, class X, class C>
 __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
                              1) void quantize_sm90(const __grid_constant__ detail::quantize_args<X, C> a,
                                                    const __grid_constant__ codebook_image image,
                                                    const __grid_constant__ search_tally tally,
-                                                   const __grid_constant__ rows_aside aside, int skip_tiles, bool exact,
+                                                   const __grid_constant__ open_rows open, int skip_tiles, bool exact,
                                                    int mask) {
 #if CUVQ_HAS_WGMMA
     using shared = sm90_shared<Tile>;
@@ -335,7 +317,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
     const int warpgroup = static_cast<int>(threadIdx.x) / 128, warp = static_cast<int>(threadIdx.x) % 128 / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int tiles = static_cast<int>((a.codebook.rows - 1) / image_tile + 1);
-    const row_span span{a.x.rows};
+    const row_span span{a.x.rows, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x)};
     if (threadIdx.x == 0) barriers.init();
     if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
     arch::let_successor_start();
@@ -343,8 +325,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
     __syncthreads();
     load_centre(image, static_cast<int>(a.x.columns), 16 * Tile::steps, centre);
     load_bounds(image, tiles, bounds);
-    if (blockIdx.x == 0 && aside.capacity > 0)
-        for (int i = threadIdx.x; i < most_shared_rows; i += blockDim.x) aside.shared[i].done = 0;
+    if (blockIdx.x == 0 && open.shared)
+        for (int i = threadIdx.x; i < most_shared_rows; i += blockDim.x) open.shared[i].done = 0;
     __syncthreads();
 
     if (warpgroup < Tile::consumers) {
@@ -358,7 +340,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
         } else {
             if constexpr (Tile::consumers == 3) arch::fewer_registers<64>();
             if (warp > 0)
-                finish_rows<Tile>(a, tally, aside, results, barriers, span, warp - 1);
+                finish_rows<Tile>(a, tally, open, results, barriers, span, warp - 1);
             else if (lane == 0)
                 stream_codes<Tile>(image, tiles, codes, barriers, span);
         }

@@ -18,32 +18,62 @@
 
 namespace cuvq::kernel {
 
-/// An open row put aside for `settle_aside`, since its candidates are too many to list.
-struct row_aside {
-    static constexpr int most_words = 6;
-    std::int64_t row;
-    int word[most_words];  // as in row_results; negative behind the last
+/// The 64 rows of each turn of a block: of all groups of 64, every `blocks`-th.
+struct row_span {
+    std::int64_t rows;
+    int blocks, block;
+
+    __device__ std::int64_t first(int turn) const { return (std::int64_t{turn} * blocks + block) * row_results::rows; }
+    __device__ bool has(int turn) const { return first(turn) < rows; }
+    __device__ int turns() const {
+        const std::int64_t groups = (rows - 1) / row_results::rows + 1;
+        return static_cast<int>((groups - 1 - block) / blocks + 1);
+    }
 };
 
-/// Where warps put rows aside, each in a segment of its own.
-struct rows_aside {
-    row_aside* rows = nullptr;            // [segments][capacity]
-    int* used = nullptr;                  // [segments]
-    int capacity = 0;                     // 0: none is put aside
-    struct shared_row* shared = nullptr;  // [most_shared_rows]; none in use when a search starts
+/// Warps of a block that write codes, each those of every third turn.
+inline constexpr int finishing_warps = 3;
+
+/// The rows that one of them sees, numbered in its order.
+struct rows_seen {
+    row_span span;
+    int part;  // the warp's number in its block
+
+    __device__ std::int64_t row(int number) const {
+        return span.first(part + finishing_warps * (number / row_results::rows)) + number % row_results::rows;
+    }
+    __device__ int count() const {
+        return (span.turns() - part + finishing_warps - 1) / finishing_warps * row_results::rows;
+    }
 };
 
-/// A row that several blocks settle together, each some of its codes; the last one to be done decides.
+/// The rows that a search leaves open, listed by each finishing warp, in those places of the lists that are the indices
+/// of the rows it sees: from the front rows whose words are single codes, from the back others.
+struct open_rows {
+    int* rows = nullptr;                  // [N rounded up to 64] their numbers among those that the warp sees
+    int4* words = nullptr;                // [N rounded up to 64] their words, negative behind the last
+    int2* counts = nullptr;               // [finishing warps] how many from the front, and from the back
+    struct shared_row* shared = nullptr;  // [most_shared_rows], if a codebook has `shared_parts`
+};
+
+/// A row that several blocks settle together, each some of its codes; the last one to be done decides. None is in use
+/// when a search starts.
 struct shared_row {
-    static constexpr int most_parts = 16;
+    static constexpr int most_parts = 64;
     double distance[most_parts];
     std::int64_t code[most_parts];
     unsigned done;
 };
 inline constexpr int most_shared_rows = 64;
-inline constexpr std::int64_t shared_part_codes = 1024;
 
-inline constexpr int settle_threads = 256, most_segments = 1024;
+/// In how many parts blocks look through a whole codebook together for one row.
+CUVQ_HOST_DEVICE constexpr int shared_parts(std::int64_t codes, std::int64_t dimensions) {
+    const std::int64_t elements = codes * dimensions, parts = (elements - 1) / (1 << 14) + 1;
+    return elements <= 1 << 16 ? 1 : static_cast<int>(parts < shared_row::most_parts ? parts : shared_row::most_parts);
+}
+
+inline constexpr int settle_threads = 256, settle_blocks = 4;  // of a multiprocessor
+inline constexpr int most_segments = 1024;                     // finishing warps
 
 #if CUVQ_HAS_WGMMA
 
@@ -99,93 +129,6 @@ __device__ inline void merge_warp(device::exact_choice& choice) {
     for (int step = 1; step < 32; step *= 2) choice.merge(0xFFFFFFFFu, step);
 }
 
-/// The exact code of an open row, from its words, by a whole warp.
-template <class X, class C>
-__device__ std::int64_t settle_open(const int* words, int count, const X* row, const matrix_ref<const C>& codebook,
-                                    std::int64_t columns) {
-    device::exact_choice choice;
-    if (!consider_words(choice, words, count, row, codebook, columns, threadIdx.x % 32 / 8, 4)) return -1;
-    merge_warp(choice);
-    return choice.code;
-}
-
-/// The exact codes of those rows of `rows` whose bits are set in `open`, row r being x.row(first + r) with the
-/// `words` of result row start + r, all of them single codes: into `code` of lane r. Whole warp.
-template <class X, class C>
-__device__ void settle_light(unsigned open, const row_results& result, int start, std::int64_t first,
-                             const matrix_ref<const X>& x, const matrix_ref<const C>& codebook, std::int64_t& code) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 8;
-    const int words = -1 - static_cast<int>(code);  // of this lane's row, if open
-    if (x.columns <= alone_columns) {               // the candidates of all rows, a lane each
-        constexpr unsigned all = 0xFFFFFFFFu;
-        const int mine = open >> lane & 1 ? words : 0;
-        int end = mine;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const int others = __shfl_up_sync(all, end, step);
-            if (lane >= step) end += others;
-        }
-        const int begin = end - mine, total = __shfl_sync(all, end, 31), most = __reduce_max_sync(all, mine);
-        device::exact_choice choice;
-        for (int base = 0; base < total; base += 32) {
-            const int candidate = min(base + lane, total - 1);
-            int row = 0;  // the last that begins at this candidate or before
-#pragma unroll
-            for (int step = 16; step > 0; step /= 2)
-                if (__shfl_sync(all, begin, row + step) <= candidate) row += step;
-            const int k = result.word[start + row][candidate - __shfl_sync(all, begin, row)];
-            const double d = device::exact_distance_alone(x.row(first + row), codebook.row(k), x.columns);
-            for (int i = 0; i < most; ++i) {
-                const int from = begin + i - base;
-                const double other = __shfl_sync(all, d, from & 31);
-                const int other_code = __shfl_sync(all, k, from & 31);
-                if (i < mine && from >= 0 && from < 32) choice.consider(other, other_code);
-            }
-        }
-        if (mine > 0) code = choice.code;
-        return;
-    }
-    while (open != 0) {  // two rows at once where two groups of eight lanes are enough for each
-        const int row0 = __ffs(open) - 1;
-        open &= open - 1;
-        const int row1 = open != 0 ? __ffs(open) - 1 : row0;
-        const int words0 = __shfl_sync(0xFFFFFFFFu, words, row0), words1 = __shfl_sync(0xFFFFFFFFu, words, row1);
-        const bool pair = row1 != row0 && words0 <= 2 && words1 <= 2;
-        if (pair) open &= open - 1;
-        const int row = pair && group >= 2 ? row1 : row0, number = pair && group >= 2 ? words1 : words0;
-        device::exact_choice choice;
-        for (int i = pair ? group % 2 : group; __any_sync(0xFFFFFFFFu, i < number); i += pair ? 2 : 4) {
-            const int k = result.word[start + row][min(i, number - 1)];
-            choice.consider(device::exact_distance(x.row(first + row), codebook.row(k), x.columns), k);
-        }
-        choice.merge(0xFFFFFFFFu, 8);
-        if (!pair) choice.merge(0xFFFFFFFFu, 16);
-        const std::int64_t code0 = __shfl_sync(0xFFFFFFFFu, choice.code, 0);
-        const std::int64_t code1 = __shfl_sync(0xFFFFFFFFu, choice.code, 16);
-        if (lane == row0) code = code0;
-        if (pair && lane == row1) code = code1;
-    }
-}
-
-/// Puts an open row aside, if there is room. `used`: of the segment, by its warp. Whole warp.
-__device__ inline bool set_aside(const rows_aside& aside, int segment, int& used, std::int64_t row, const int* words,
-                                 int count) {
-    if (used >= aside.capacity) return false;
-    if (threadIdx.x % 32 == 0) {
-        row_aside& to = aside.rows[std::int64_t{segment} * aside.capacity + used];
-        to.row = row;
-#pragma unroll
-        for (int i = 0; i < row_aside::most_words; ++i) to.word[i] = i < count ? words[i] : -1;
-        if (count > row_aside::most_words) {
-            to.word[0] = row_results::everything;
-            to.word[1] = -1;
-        }
-    }
-    ++used;
-    __syncwarp();
-    return true;
-}
-
 /// The choice of a whole block, from those of its lanes; in warp 0. All threads call it, after a
 /// barrier that lets `distances` and `codes` be written; they may be written again after the next one.
 template <int Warps>
@@ -205,53 +148,87 @@ __device__ void merge_block(device::exact_choice& choice, double (&distances)[Wa
 
 #endif  // CUVQ_HAS_WGMMA
 
-/// Codes of the rows that a search put aside: a block each, or several if they are few.
-template <class X, class C>
-__global__ __launch_bounds__(settle_threads) void settle_aside(const __grid_constant__ detail::quantize_args<X, C> a,
-                                                               const __grid_constant__ search_tally tally,
-                                                               const __grid_constant__ rows_aside aside, int segments) {
 #if CUVQ_HAS_WGMMA
+
+/// Codes of the rows listed from the front, whose candidates `Lanes` lanes measure. Warp `warp` of `warps`, at least
+/// one for every finishing warp.
+template <int Lanes, class X, class C>
+__device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
+                              int blocks, int warp, int warps) {
+    constexpr int rows = 32 / Lanes;  // at once
+    const int segments = blocks * finishing_warps, sharers = warps / segments,
+              lane = static_cast<int>(threadIdx.x) % 32;
+    const int segment = warp % segments, share = warp / segments;
+    if (share >= sharers) return;
+    const rows_seen seen{{a.x.rows, blocks, segment / finishing_warps}, segment % finishing_warps};
+    const int count = open.counts[segment].x;
+    for (int first = share * rows; first < count; first += sharers * rows) {
+        const int number = first + lane / Lanes;
+        const std::int64_t place = seen.row(min(number, count - 1));
+        const int4 word = open.words[place];
+        const std::int64_t row = seen.row(open.rows[place]);
+        const X* x = a.x.row(row);
+        device::exact_choice choice;
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {  // two codes at a time
+            const int k[2] = {i == 0 ? word.x : word.z, i == 0 ? word.y : word.w};
+            if (k[0] < 0) break;
+            const C* const codes[2] = {a.codebook.row(k[0]), a.codebook.row(k[1] < 0 ? k[0] : k[1])};
+            double distances[2];
+            if constexpr (Lanes == 1) {
+                distances[0] = device::exact_distance_alone(x, codes[0], a.x.columns);
+                distances[1] = device::exact_distance_alone(x, codes[1], a.x.columns);
+            } else {
+                device::exact_distances(x, codes, a.x.columns, distances);
+            }
+            choice.consider(distances[0], k[0]);
+            if (k[1] >= 0) choice.consider(distances[1], k[1]);
+        }
+        if (lane % Lanes == 0 && number < count) write_code(a, tally, row, choice.code);
+    }
+}
+
+/// Codes of the rows listed from the back, by a block each, the last blocks first, or if they are few, by several.
+template <class X, class C>
+__device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
+                            int blocks) {
     constexpr int warps = settle_threads / 32, each = most_segments / settle_threads;
-    using scan = cub::BlockScan<int, settle_threads>;
+    using scan = cub::BlockScan<std::int64_t, settle_threads>;
     __shared__ typename scan::TempStorage storage;
-    __shared__ int starts[most_segments];  // of each segment's rows among all
+    __shared__ std::int64_t starts[most_segments];  // of each finishing warp's rows among all
     __shared__ double distances[warps];
     __shared__ std::int64_t codes[warps];
     __shared__ bool decides;
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    arch::wait_for_predecessor();
-
-    int count[each], total;
+    std::int64_t count[each], total;
 #pragma unroll
     for (int i = 0; i < each; ++i) {
         const int segment = static_cast<int>(threadIdx.x) * each + i;
-        count[i] = segment < segments ? aside.used[segment] : 0;
+        count[i] = segment < blocks * finishing_warps ? open.counts[segment].y : 0;
     }
     scan(storage).ExclusiveSum(count, count, total);
 #pragma unroll
     for (int i = 0; i < each; ++i) starts[static_cast<int>(threadIdx.x) * each + i] = count[i];
     __syncthreads();
-    const auto find = [&](int number) -> const row_aside& {
+
+    const int parts = total > most_shared_rows ? 1 : shared_parts(a.codebook.rows, a.codebook.columns);
+    for (std::int64_t i = gridDim.x - 1 - blockIdx.x; i < total * parts; i += gridDim.x) {
+        const std::int64_t number = i / parts;
+        const int part = static_cast<int>(i % parts);
         int low = 0, high = most_segments;  // of the segments that start at `number` or before, the last
         while (high - low > 1) {
             const int middle = (low + high) / 2;
             (starts[middle] <= number ? low : high) = middle;
         }
-        return aside.rows[std::int64_t{low} * aside.capacity + number - starts[low]];
-    };
-
-    const std::int64_t wanted = (a.codebook.rows - 1) / shared_part_codes + 1;
-    const int parts =
-        total > most_shared_rows ? 1 : static_cast<int>(min(wanted, std::int64_t{shared_row::most_parts}));
-    for (int i = blockIdx.x; i < total * parts; i += gridDim.x) {
-        const row_aside& row = find(i / parts);
-        const int part = i % parts;
+        const rows_seen seen{{a.x.rows, blocks, low / finishing_warps}, low % finishing_warps};
+        const std::int64_t place = seen.row(seen.count() - 1 - static_cast<int>(number - starts[low]));
+        const std::int64_t row = seen.row(open.rows[place]);
         device::exact_choice choice;
-        consider_words(choice, row.word, row_aside::most_words, a.x.row(row.row), a.codebook, a.x.columns,
+        consider_words(choice, &open.words[place].x, row_results::words, a.x.row(row), a.codebook, a.x.columns,
                        static_cast<int>(threadIdx.x) / 8, settle_threads / 8, part, parts);
         merge_block(choice, distances, codes);
+        __syncthreads();
         if (parts > 1) {
-            shared_row& shared = aside.shared[i / parts];
+            shared_row& shared = open.shared[number];
             if (threadIdx.x == 0) {
                 shared.distance[part] = choice.distance;
                 shared.code[part] = choice.code;
@@ -262,14 +239,41 @@ __global__ __launch_bounds__(settle_threads) void settle_aside(const __grid_cons
             __syncthreads();
             if (!decides) continue;
             choice = {};
-            for (int p = 0; p < parts; ++p) {
-                const std::int64_t k = *const_cast<const volatile std::int64_t*>(&shared.code[p]);
-                if (k >= 0) choice.consider(*const_cast<const volatile double*>(&shared.distance[p]), k);
+            if (threadIdx.x < parts) {
+                choice.distance = __ldcg(shared.distance + threadIdx.x);
+                choice.code = __ldcg(reinterpret_cast<const long long*>(shared.code) + threadIdx.x);
             }
+            merge_block(choice, distances, codes);
+            __syncthreads();
         }
-        if (warp == 0) write_codes(a, tally, row.row, 1, choice.code);
-        __syncthreads();
+        if (threadIdx.x == 0) write_code(a, tally, row, choice.code);
     }
+}
+
+#endif  // CUVQ_HAS_WGMMA
+
+/// Codes of the rows that a search of `blocks` blocks left open. As many blocks at least; three quarters of them begin
+/// with the rows of few candidates, so that the last are not kept waiting for the others.
+template <class X, class C>
+__global__ __launch_bounds__(settle_threads,
+                             settle_blocks) void settle_rows(const __grid_constant__ detail::quantize_args<X, C> a,
+                                                             const __grid_constant__ search_tally tally,
+                                                             const __grid_constant__ open_rows open, int blocks) {
+#if CUVQ_HAS_WGMMA
+    arch::let_successor_start();
+    arch::wait_for_predecessor();
+    bool any_wide = false;
+    for (int i = threadIdx.x; i < blocks * finishing_warps; i += settle_threads)
+        any_wide = any_wide || open.counts[i].y > 0;
+    const int narrow = static_cast<int>(gridDim.x - gridDim.x / 4), block = static_cast<int>(blockIdx.x);
+    if (block < narrow) {
+        const int warps = settle_threads / 32 * narrow, warp = static_cast<int>(threadIdx.x) / 32 * narrow + block;
+        if (a.x.columns <= alone_columns)
+            settle_narrow<1>(a, tally, open, blocks, warp, warps);
+        else
+            settle_narrow<device::exact_lanes>(a, tally, open, blocks, warp, warps);
+    }
+    if (__syncthreads_or(any_wide)) settle_wide(a, tally, open, blocks);
 #endif  // CUVQ_HAS_WGMMA
 }
 
