@@ -18,6 +18,7 @@
 #include "support/device.cuh"
 #include "support/oracle.hpp"
 #include "support/random.hpp"
+#include "support/searches.cuh"
 
 namespace cuvq::test {
 namespace {

@@ -363,13 +363,14 @@ TEST_F(QuantizeMmaSmall, MixedMagnitudesAndSubnormalAndHugeNumbers) {
 }
 
 TEST_F(QuantizeMmaSmall, NearestByApproximationIsNotTheNearest) {
-    // Codes whose rounding to fp16 reverses their order: x sits between two codes that differ by less than fp16 tells
-    // apart, many times over.
+    // Codes whose rounding to fp16, or to two halves, reverses their order: x sits between two codes that differ by
+    // less than these tell apart, many times over.
     random_source random;
-    for (const std::int64_t d : {1, 16, 128, 400}) {
+    for (const std::int64_t d : {1, 3, 4, 16, 128, 400}) {
         const auto base = random.normals<float>(40, d);
+        const float least = d <= 4 ? 0x1p-23f : 0x1p-13f;
         const auto codebook = matrix<float>::generate(240, d, [&](auto k, auto c) {
-            return base.at(k / 6, c) * (1 + 0x1p-13f * static_cast<float>(random.integer(-8, 8)));
+            return base.at(k / 6, c) * (1 + least * static_cast<float>(random.integer(-8, 8)));
         });
         expect_exact(matrix<float>::generate(130, d,
                                              [&](auto i, auto c) {

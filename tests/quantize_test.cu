@@ -446,15 +446,16 @@ TEST_F(QuantizeSmall, NearTiesOfOneUlp) {
             expect_exact(matrix<float>(3, 1, at), codebook);
         }
     // Rows that differ from one another by an ulp or two here and there; x close by, and far.
-    for (const float spread : {0.0f, 1e-6f, 1e-3f, 1.0f, 100.0f}) {
-        const auto base = random.normals<float>(1, 13);
-        const auto codebook = matrix<float>::generate(200, 13, [&](auto, auto d) {
-            return nudged(base.at(0, d), random.integer(0, 9) == 0 ? random.integer(-2, 2) : 0);
-        });
-        expect_exact(
-            matrix<float>::generate(66, 13, [&](auto, auto d) { return base.at(0, d) + spread * random.normal(); }),
-            codebook);
-    }
+    for (const std::int64_t columns : {3, 4, 13})
+        for (const float spread : {0.0f, 1e-6f, 1e-3f, 1.0f, 100.0f}) {
+            const auto base = random.normals<float>(1, columns);
+            const auto codebook = matrix<float>::generate(200, columns, [&](auto, auto d) {
+                return nudged(base.at(0, d), random.integer(0, 9) == 0 ? random.integer(-2, 2) : 0);
+            });
+            expect_exact(matrix<float>::generate(
+                             66, columns, [&](auto, auto d) { return base.at(0, d) + spread * random.normal(); }),
+                         codebook);
+        }
 }
 
 TEST_F(QuantizeSmall, ACommonOffsetOfAThousand) {
@@ -816,11 +817,11 @@ TEST_F(QuantizeTest, AMillionRowsTwentyTimes) { expect_steady_codes(1 << 20, 102
 TEST_F(QuantizeTest, AMillionRowsWhereEveryCodeIsThereTwice) { expect_steady_codes(1 << 20, 512, 64, 5, true); }
 
 TEST_F(QuantizeTest, ManyRowsAndCodesOfEveryOperandSize) {
-    for (const std::int64_t d : {8, 13, 48, 77, 100, 256, 269}) expect_steady_codes(150001, 2050, d, 4, false);
+    for (const std::int64_t d : {3, 8, 13, 48, 77, 100, 256, 269}) expect_steady_codes(150001, 2050, d, 4, false);
 }
 
 TEST_F(QuantizeTest, AHundredMillionRowsOfAllFamiliesAgainstFloat64) {
-    constexpr std::int64_t n = 1 << 20, shapes[][2] = {{1000, 8}, {512, 64}, {257, 128}};
+    constexpr std::int64_t n = 1 << 20, shapes[][2] = {{512, 3}, {1000, 8}, {512, 64}, {257, 128}};
     device_array<std::int32_t> codes(n);
     for (const family f : families) {
         for (const auto& [k, d] : shapes) {

@@ -19,6 +19,7 @@
                                                   const device::image_ref&, const parts_scratch&, std::int64_t,    \
                                                   std::int64_t, const mma_fit&, cudaStream_t);
 #define CUVQ_TEST_SM90(DECLARE, Tile, X, C)                                                                       \
+    DECLARE bool serves_sm90<Tile, X, C>(std::int64_t, std::int64_t);                                             \
     DECLARE std::int64_t quantize_sm90_many<Tile, X, C>(const detail::quantize_args<X, C>&,                       \
                                                         const kernel::search_tally&, const search_scratch&, bool, \
                                                         std::int64_t, int, cudaStream_t);

@@ -5,7 +5,7 @@
 // What "exact" means. The code of a row is the lowest k that minimises
 //     d64(x, c) = ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7)),
 //     pj = sum, in ascending order of d, over all d with floor(d / 4) mod 8 = j of fma(x_d - c_d, x_d - c_d, pj),
-// every operation rounded to double (`exact_distances`). With e64 = (D + 8) 2^-52, |d64 - d| <= e64 d for the real
+// every operation rounded to double (`squared_distances`). With e64 = (D + 8) 2^-52, |d64 - d| <= e64 d for the real
 // distance d: a difference of two floats has one rounding, its square two of those and one of the fma, and no sum is
 // longer than D; floats are too large and too small to overflow or underflow a double's square.
 //
@@ -43,6 +43,10 @@
 //   norm          t |n_k - three halves|, measured in double;
 //   float64       the distance of scores that d64 cannot tell apart: e64 of t s^2 |x - c|^2, at most
 //                 (D + 8) 2^-50 (|X| + t |C|)^2 / t with the slack of its own evaluation.
+// Rows of up to four elements (`operand_columns`) enter twofold: X^ = H + L with H = fp16(X) and L = fp16(X - H), C^
+// likewise, and the product of the low halves is left out. Where fp16 is subnormal L is 0, else each |L_d| <= 2^-11
+// |H_d|; so leaving it out costs at most 2^-22 |H| |H_C|, which 2^-21 |X| in |X - X^| covers, and no partial sum of
+// products exceeds (1 + 2^-10) |H| |H_C| <= 1.002 |X^| |C^|, which the image's |C^| is 1.002 times too large for.
 // `score_error` is the sum, e, with the norms of C their maxima over the codebook; the factors by which the callers
 // round their norms up (1.0005, 1.0001) pay for the float arithmetic that evaluates it. If b has the largest S^ and w
 // is the exact code, S_w >= S_b - (the float64 part of e), and each S^ is
@@ -113,22 +117,26 @@ __device__ bool is_row_finite(const T* row, std::int64_t columns) {
     return __all_sync(0xFFFFFFFFu, finite);
 }
 
-/// sum + (u - v)^2, with the head comment's roundings.
+/// sum + (u - v)^2, with the head comment's roundings: those of d64, and of the filter.
 __device__ inline void add_square(double& sum, float u, float v) {
     const double difference = __dsub_rn(widened(u), widened(v));
     sum = __fma_rn(difference, difference, sum);
 }
+__device__ inline void add_square(float& sum, float u, float v) { sum = fmaf(u - v, u - v, sum); }
+__device__ inline double sum_of(double a, double b) { return __dadd_rn(a, b); }
+__device__ inline float sum_of(float a, float b) { return a + b; }
 
-/// d64(x, c) of the head comment for several codes at once, of rows of `columns` elements in any memory. Called by all
-/// eight lanes of a group with the same arguments; every lane gets the sums. Not finite if an element is not.
-template <int Codes, class X, class C>
-__device__ void exact_distances(const X* x, const C* const (&codes)[Codes], std::int64_t columns,
-                                double (&distances)[Codes]) {
+/// In double d64(x, c) of the head comment, in float the SIMT filter's value, for several codes at once, of rows of
+/// `columns` elements in any memory. Called by all eight lanes of a group with the same arguments; every lane gets the
+/// sums. Not finite if an element is not.
+template <class Sum, int Codes, class X, class C>
+__device__ void squared_distances(const X* x, const C* const (&codes)[Codes], std::int64_t columns,
+                                  Sum (&distances)[Codes]) {
     const unsigned lane = threadIdx.x & 31u, mask = 0xFFu << (lane & 24u);
     const std::int64_t first = 4 * (lane & 7u);
 #pragma unroll
     for (int k = 0; k < Codes; ++k) distances[k] = 0;
-    const auto add = [&](const float4& a, const float4(&b)[Codes]) {
+    const auto add_four = [&](const float4& a, const float4(&b)[Codes]) {
 #pragma unroll
         for (int k = 0; k < Codes; ++k) {
             add_square(distances[k], a.x, b[k].x);
@@ -147,29 +155,28 @@ __device__ void exact_distances(const X* x, const C* const (&codes)[Codes], std:
             const float4 a = load4(x + d);
 #pragma unroll
             for (int k = 0; k < Codes; ++k) b[k] = load4(codes[k] + d);
-            add(a, b);
+            add_four(a, b);
         }
     } else {  // beyond the end both are 0, which adds nothing
         for (std::int64_t d = first; d < columns; d += 4 * exact_lanes) {
             const float4 a = load4(x, d, columns);
 #pragma unroll
             for (int k = 0; k < Codes; ++k) b[k] = load4(codes[k], d, columns);
-            add(a, b);
+            add_four(a, b);
         }
     }
 #pragma unroll
     for (int step = 1; step < exact_lanes; step *= 2)
 #pragma unroll
-        for (int k = 0; k < Codes; ++k)
-            distances[k] = __dadd_rn(distances[k], __shfl_xor_sync(mask, distances[k], step));
+        for (int k = 0; k < Codes; ++k) distances[k] = sum_of(distances[k], __shfl_xor_sync(mask, distances[k], step));
 }
 
-/// As `exact_distances`, of one code.
+/// d64(x, c), of one code.
 template <class X, class C>
 __device__ double exact_distance(const X* x, const C* code, std::int64_t columns) {
     const C* const codes[1] = {code};
     double distance[1];
-    exact_distances(x, codes, columns, distance);
+    squared_distances(x, codes, columns, distance);
     return distance[0];
 }
 
@@ -224,27 +231,6 @@ struct exact_choice {
     }
 };
 
-/// Considers the codes at(0) .. at(count - 1), those that group `group` of `groups` groups of eight lanes is to take:
-/// four at a time, so that their loads overlap. `at` may name a code twice.
-template <class X, class C, class At>
-__device__ void consider_codes(exact_choice& choice, const X* row, const matrix_ref<const C>& codebook,
-                               std::int64_t columns, std::int64_t count, int group, int groups, At at) {
-    constexpr int batch = 4;
-    for (std::int64_t i = std::int64_t{group} * batch; i < count; i += std::int64_t{groups} * batch) {
-        std::int64_t k[batch];
-        const C* codes[batch];
-#pragma unroll
-        for (int j = 0; j < batch; ++j) {
-            k[j] = at(i + j < count ? i + j : count - 1);
-            codes[j] = codebook.row(k[j]);
-        }
-        double distances[batch];
-        exact_distances(row, reinterpret_cast<const C* const(&)[batch]>(codes), columns, distances);
-#pragma unroll
-        for (int j = 0; j < batch; ++j) choice.consider(distances[j], k[j]);
-    }
-}
-
 /// The largest filter value that the exact code can have when the least one is `least`, or NaN where the filter
 /// decides nothing. Monotone in `least`.
 __device__ inline float filter_limit(float least, std::int64_t columns) {
@@ -254,6 +240,33 @@ __device__ inline float filter_limit(float least, std::int64_t columns) {
     const float factor = __fadd_ru(1.0f, __fmul_ru(3.0f * u, terms));
     const float limit = __fmaf_ru(least, factor, __fmul_ru(3.0f * 0x1p-120f, terms));
     return limit <= largest ? limit : __int_as_float(0x7FC00000);
+}
+
+/// Considers those of the codes at(0) .. at(count - 1) that group `group` of `groups` groups of eight lanes is to take
+/// and that the filter does not rule out: four at a time, so that their loads overlap. `at` may name a code twice.
+template <class X, class C, class At>
+__device__ void consider_codes(exact_choice& choice, const X* row, const matrix_ref<const C>& codebook,
+                               std::int64_t columns, std::int64_t count, int group, int groups, At at) {
+    constexpr int batch = 4;
+    const auto code_at = [&](std::int64_t i) { return at(i < count ? i : count - 1); };
+    float least = __int_as_float(0x7F800000);
+    for (std::int64_t i = std::int64_t{group} * batch; i < count; i += std::int64_t{groups} * batch) {
+        const C* codes[batch];
+        float near[batch];
+#pragma unroll
+        for (int j = 0; j < batch; ++j) codes[j] = codebook.row(code_at(i + j));
+        squared_distances(row, reinterpret_cast<const C* const(&)[batch]>(codes), columns, near);
+#pragma unroll
+        for (int j = 0; j < batch; ++j) least = fminf(least, near[j]);  // which is not NaN
+        const float limit = filter_limit(least, columns);
+        int open = 0;
+#pragma unroll
+        for (int j = 0; j < batch; ++j) open |= near[j] > limit ? 0 : 1 << j;  // NaN rules nothing out
+        for (; open != 0; open &= open - 1) {
+            const std::int64_t k = code_at(i + __ffs(open) - 1);
+            choice.consider(exact_distance(row, codebook.row(k), columns), k);
+        }
+    }
 }
 
 /// What the tensor-core filter knows of the codebook: largest norms over all codes, rounded up.
@@ -269,6 +282,12 @@ struct score_bounds {
 __device__ inline float row_factor(float square) {
     const int exponent = static_cast<int>(__float_as_uint(square) >> 24) - 63;  // the norm is below 2^(exponent + 1)
     return square < 0x1p26f ? 1.0f : square < 0x1p72f ? __int_as_float((127 + 13 - exponent) << 23) : 0.0f;
+}
+
+/// The t of a row that does not fit with t = 1; NaN where none does.
+__device__ inline float fitting_factor(float square) {
+    const float factor = row_factor(square);
+    return factor > 0 ? factor : __int_as_float(0x7FC00000);
 }
 
 /// Bound of |S^ - S| for one row and every code: the head comment's e.

@@ -19,6 +19,66 @@ struct image_frame {
     float shift = 0;                ///< g of n = g - |C|^2 / 2, see `certificate.cuh`
 };
 
+/// n of a code, |C|^2 = `norm`, in three halves.
+struct image_offset {
+    double value, rest;  // rest: what the halves leave of it
+    __half parts[3];
+
+    __device__ image_offset(float shift, double norm, bool finite)
+        : value(finite ? static_cast<double>(shift) - 0.5 * norm : -60000.0), rest(value) {
+#pragma unroll
+        for (int p = 0; p < 3; ++p) {
+            parts[p] = __float2half_rn(static_cast<float>(rest));
+            rest -= static_cast<double>(__half2float(parts[p]));
+        }
+        if (!finite) parts[1] = parts[2] = __float2half_rn(0.0f);
+    }
+};
+
+/// What `write_image_row` gives, from |C^|^2, |C - C^|^2 and n of a finite code.
+__device__ inline int image_row_bits(double length, double residual, const image_offset& n) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane >= 4) return 0;
+    constexpr double up = 1.0001;
+    const double root = sqrt(lane == 0 ? length : residual);
+    const double bound = lane < 2 ? root : fabs(lane == 2 ? n.value : n.rest);
+    return __float_as_int(static_cast<float>(bound * up)) & 0x7FFFFFFF;
+}
+
+/// As `write_image_row`, for rows of two halves: a lane for each column.
+template <class C>
+__device__ int write_twofold_image_row(char* tile, const arch::slab_layout& layout, int r, const C* row,
+                                       const operand_columns& place, const image_frame& frame) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, d = place.element(lane);
+    const bool holds = place.holds(lane) && row != nullptr;
+    const float c = holds ? static_cast<float>(row[d]) : 0.0f;
+    const double v = holds ? frame.scale * (widened(c) - widened(frame.centre[d])) : 0.0;
+    const __half high = __float2half_rn(static_cast<float>(v));
+    const double beside = v - static_cast<double>(__half2float(high));
+    const __half low = __float2half_rn(static_cast<float>(beside));
+    const double kept = static_cast<double>(__half2float(high)) + static_cast<double>(__half2float(low));
+    const bool counts = lane < place.data;
+    double norm = counts ? v * v : 0, length = counts ? kept * kept : 0,
+           residual = counts ? (v - kept) * (v - kept) : 0;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        norm += __shfl_xor_sync(0xFFFFFFFFu, norm, step);
+        length += __shfl_xor_sync(0xFFFFFFFFu, length, step);
+        residual += __shfl_xor_sync(0xFFFFFFFFu, residual, step);
+    }
+    const bool finite = __all_sync(0xFFFFFFFFu, isfinite(c)) && row != nullptr;
+    const image_offset n(frame.shift, norm, finite);
+    __half half = __float2half_rn(0.0f);
+    if (finite && holds) half = place.low_of_code(lane) ? low : high;
+#pragma unroll
+    for (int p = 0; p < 3; ++p)
+        if (lane == place.width + p) half = n.parts[p];
+    if (lane < layout.columns())
+        reinterpret_cast<__half*>(tile + layout.offset(image_tile, r, lane & ~7))[lane & 7] = half;
+    // 1.002 times the norm, for the sums that `certificate.cuh` speaks of.
+    return finite ? image_row_bits(1.004 * length, residual, n) : 0;
+}
+
 /// Writes row `r` of a tile of an image (see `image_ref`): that of the code `row`, or, if that is null, of no code.
 /// Called by a whole warp, converged. Lane i < 4 gets entry i of the row's `score_bounds`, as the bits of a float,
 /// which order as integers do since none is negative, and a NaN above Inf; the others get 0, and all do for a code
@@ -27,6 +87,8 @@ template <class C>
 __device__ int write_image_row(char* tile, const arch::slab_layout& layout, int r, const C* row, int columns,
                                const image_frame& frame) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
+    const operand_columns place(columns, layout);
+    if (place.twofold) return write_twofold_image_row(tile, layout, r, row, place, frame);
     const int whole = columns / 8, chunks = layout.row_bytes() / 16;  // of 8 columns; nothing but data; all
     const bool vectors = is_aligned4(row);
     const double scale = frame.scale;
@@ -80,15 +142,7 @@ __device__ int write_image_row(char* tile, const arch::slab_layout& layout, int 
         residual += __shfl_xor_sync(0xFFFFFFFFu, residual, step);
     }
     finite = __all_sync(0xFFFFFFFFu, finite);
-    const double offset = finite ? static_cast<double>(frame.shift) - 0.5 * norm : -60000.0;
-    __half parts[3];
-    double rest = offset;
-#pragma unroll
-    for (int p = 0; p < 3; ++p) {
-        parts[p] = __float2half_rn(static_cast<float>(rest));
-        rest -= static_cast<double>(__half2float(parts[p]));
-    }
-    if (!finite) parts[1] = parts[2] = __float2half_rn(0.0f);
+    const image_offset n(frame.shift, norm, finite);
 // What follows the data; of a code that is not finite, everything.
 #pragma unroll 1
     for (int chunk = lane; chunk < chunks; chunk += 32) {
@@ -100,15 +154,11 @@ __device__ int write_image_row(char* tile, const arch::slab_layout& layout, int 
             half[e] = chunk == whole && d < columns && finite ? last[e] : __float2half_rn(0.0f);
 #pragma unroll
             for (int p = 0; p < 3; ++p)
-                if (d == columns + p) half[e] = parts[p];
+                if (d == place.width + p) half[e] = n.parts[p];
         }
         store(chunk, half);
     }
-    if (lane >= 4 || !finite) return 0;
-    constexpr double up = 1.0001;
-    const double root = sqrt(lane == 0 ? length : residual);
-    const double bound = lane < 2 ? root : fabs(lane == 2 ? offset : rest);
-    return __float_as_int(static_cast<float>(bound * up)) & 0x7FFFFFFF;
+    return finite ? image_row_bits(length, residual, n) : 0;
 }
 
 }  // namespace cuvq::device

@@ -25,23 +25,25 @@ struct mma_rows : mma_block<Policy, X, C> {
     using typename block::shape;
 
     static constexpr int each = Policy::rows / shape::groups;  // rows that a group of eight lanes converts
+    const operand_columns place;
 
-    __device__ explicit mma_rows(const block& b) : block(b) {}
+    __device__ explicit mma_rows(const block& b) : block(b), place(columns, image.layout) {}
 
     /// A group's lane's part of one slab: 8 columns of each of its rows.
     using row_share = float[each][8];
 
-    /// The columns of x, zeros beyond the last. Beyond the last row, that one again: nobody looks at what comes of it.
+    /// The elements of x for these columns, zeros beyond the last. Beyond the last row, that one again: nobody looks at
+    /// what comes of it.
     __device__ void load(int slab, row_share& v) const {
         const int first = 64 * slab + 8 * group_lane;
         const auto row = [&](int i) {
             const std::int64_t r = group + i * shape::groups;
-            return rows.row(r < rows.rows ? r : rows.rows - 1) + first;
+            return rows.row(r < rows.rows ? r : rows.rows - 1);
         };
         if (slab < whole) {  // one branch for all loads, so that they overlap
 #pragma unroll
             for (int i = 0; i < each; ++i) {
-                const float4 low = load4(row(i)), high = load4(row(i) + 4);
+                const float4 low = load4(row(i) + first), high = load4(row(i) + first + 4);
                 v[i][0] = low.x, v[i][1] = low.y, v[i][2] = low.z, v[i][3] = low.w;
                 v[i][4] = high.x, v[i][5] = high.y, v[i][6] = high.z, v[i][7] = high.w;
             }
@@ -49,7 +51,8 @@ struct mma_rows : mma_block<Policy, X, C> {
 #pragma unroll
             for (int i = 0; i < each; ++i)
 #pragma unroll
-                for (int e = 0; e < 8; ++e) v[i][e] = first + e < columns ? static_cast<float>(row(i)[e]) : 0.0f;
+                for (int e = 0; e < 8; ++e)
+                    v[i][e] = place.holds(first + e) ? static_cast<float>(row(i)[place.element(first + e)]) : 0.0f;
         }
     }
     /// Makes scale (x - centre) of them, with one rounding: the scale is a power of two, and these multiply-adds keep
@@ -57,13 +60,13 @@ struct mma_rows : mma_block<Policy, X, C> {
     __device__ void centre(int slab, float scale, row_share& v) const {
         const int first = 64 * slab + 8 * group_lane;
         float c[8];
-        if (first + 8 <= columns) {
+        if (!place.twofold && first + 8 <= columns) {
             const float4 low = load4(image.centre + first), high = load4(image.centre + first + 4);
             c[0] = low.x, c[1] = low.y, c[2] = low.z, c[3] = low.w;
             c[4] = high.x, c[5] = high.y, c[6] = high.z, c[7] = high.w;
         } else {
 #pragma unroll
-            for (int e = 0; e < 8; ++e) c[e] = first + e < columns ? image.centre[first + e] : 0.0f;
+            for (int e = 0; e < 8; ++e) c[e] = place.holds(first + e) ? image.centre[place.element(first + e)] : 0.0f;
         }
 #pragma unroll
         for (int i = 0; i < each; ++i)
@@ -88,14 +91,24 @@ struct mma_rows : mma_block<Policy, X, C> {
                 const float2 u{factor[i] * v[i][2 * e], factor[i] * v[i][2 * e + 1]};
                 out[e] = __floats2half2_rn(u.x, u.y);
                 const float2 back = __half22float2(out[e]);
-                residual[i] = fmaf(u.x - back.x, u.x - back.x, fmaf(u.y - back.y, u.y - back.y, residual[i]));
+                float2 beside{u.x - back.x, u.y - back.y};
+                if (place.twofold) {
+                    const __half2 low = __floats2half2_rn(beside.x, beside.y);
+                    const float2 taken = __half22float2(low);
+                    const int j = first + 2 * e;
+                    beside.x = j < columns ? beside.x - taken.x : 0.0f;
+                    beside.y = j + 1 < columns ? beside.y - taken.y : 0.0f;
+                    out[e] = __halves2half2(__low2half(place.low_of_row(j) ? low : out[e]),
+                                            __high2half(place.low_of_row(j + 1) ? low : out[e]));
+                }
+                residual[i] = fmaf(beside.x, beside.x, fmaf(beside.y, beside.y, residual[i]));
             }
             if (MeasureOnly) continue;
-            if (first + 8 > columns) {
+            if (first + 8 > place.width) {
                 __half* half = reinterpret_cast<__half*>(out);
 #pragma unroll
                 for (int e = 0; e < 8; ++e) {
-                    const int beyond = first + e - columns;
+                    const int beyond = first + e - place.width;
                     if (beyond >= 0) half[e] = __float2half_rn(beyond < 3 ? factor[i] : 0.0f);
                 }
             }
@@ -123,7 +136,8 @@ struct mma_rows : mma_block<Policy, X, C> {
 #pragma unroll
             for (int i = 0; i < each; ++i)
 #pragma unroll
-                for (int e = 0; e < 8; ++e) square[i] = fmaf(v[i][e], v[i][e], square[i]);
+                for (int e = 0; e < 8; ++e)
+                    if (!place.twofold || 8 * group_lane + e < columns) square[i] = fmaf(v[i][e], v[i][e], square[i]);
             store<Policy::streamed>(slab, factor, v, slab, residual);
         };
         row_share even, odd;  // one is on its way while the other is converted
@@ -152,9 +166,10 @@ struct mma_rows : mma_block<Policy, X, C> {
         }
 #pragma unroll
         for (int i = 0; i < each; ++i) {
-            // 1.0005 and 1e-16 cover the rounding and the underflow of the sums of squares; 2^-23 that of x - centre.
+            // 1.0005 and 1e-16 cover the rounding and the underflow of the sums of squares; 2^-23 that of x - centre,
+            // 2^-21 the products of low halves.
             const float length = 1.0005f * factor[i] * sqrtf(square[i]) + 1e-16f;
-            const float rest = 1.0005f * sqrtf(sum_over_group(residual[i])) + 1e-16f + 0x1p-23f * length;
+            const float rest = 1.0005f * sqrtf(sum_over_group(residual[i])) + 1e-16f + 0x1.4p-21f * length;
             const int steps = 4 * (slabs - 1) + image.layout.width(slabs - 1) / 16;
             const float error = score_error(length, rest, factor[i], bounds, steps);
             if (group_lane == 0)

@@ -308,6 +308,8 @@ std::int64_t quantize(const detail::quantize_args<X, C>& args, const kernel::sea
     if constexpr (!std::is_same_v<Tile, automatic_tile>) {
         return quantize_with<Tile, D>(args, tally, scratch, exact, stream);
     } else {
+        // Scores of a single code are all 0, which tell nothing: every row would have to be settled.
+        if (args.codebook.rows == 1) return quantize_simt<simt_tile, D>(args, tally, stream);
         std::int64_t losses = 0;
         bool launched = false;
         with_sm90_tile<D>(args.x.columns, [&](auto tile) {

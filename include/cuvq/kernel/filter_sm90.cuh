@@ -55,17 +55,21 @@ struct leaders : device::wide_row_leaders {
     }
 };
 
-/// The largest of a thread's scores of one of its two rows.
-__device__ inline int largest(const float (&score)[64], int half) {
-    int top[2] = {leaders::least, leaders::least};
+/// A part of a thread's scores of a tile: those from `First` on, `Count` of them.
+template <int First, int Count>
+struct score_part {
+    static constexpr int first = First, end = First + Count;
+};
+using all_scores = score_part<0, 64>;
+
+/// The largest of a part of a thread's scores of one of its two rows.
+template <class Part>
+__device__ int largest(Part, const float (&score)[64], int half) {
+    int top = leaders::least;
 #pragma unroll
-    for (int j = 0; j < 64; j += 8) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            top[i] = __vimax3_s32(top[i], __float_as_int(score[j + 4 * i + 2 * half]),
-                                  __float_as_int(score[j + 4 * i + 2 * half + 1]));
-    }
-    return max(top[0], top[1]);
+    for (int j = Part::first; j < Part::end; j += 4)
+        top = __vimax3_s32(top, __float_as_int(score[j + 2 * half]), __float_as_int(score[j + 2 * half + 1]));
+    return top;
 }
 
 /// Largest of the four threads of a row.
@@ -74,32 +78,34 @@ __device__ inline int row_largest(int v) {
     return max(v, __shfl_xor_sync(0xFFFFFFFFu, v, 2));
 }
 
-/// The largest but two of a thread's tagged scores of one of its two rows: the largest below `runner`; where that is
-/// negative, maybe the largest of all.
-__device__ inline int third_largest(const int (&s)[64], int half, int runner) {
+/// The largest but two of a part of a thread's tagged scores of one of its two rows: the largest below `runner`; where
+/// that is negative, maybe the largest of all.
+template <class Part>
+__device__ int third_largest(Part, const int (&s)[64], int half, int runner) {
     // As unsigned, s - runner is 0 or small for the two largest and wraps to the larger, the closer.
     const unsigned from = 0u - static_cast<unsigned>(runner);
     unsigned near[2] = {0, 0};
 #pragma unroll
-    for (int j = 0; j < 64; j += 4) {
+    for (int j = Part::first; j < Part::end; j += 4) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) near[i] = __viaddmax_u32(static_cast<unsigned>(s[j + 2 * half + i]), from, near[i]);
     }
     return static_cast<int>(max(near[0], near[1]) + static_cast<unsigned>(runner));
 }
 
-/// Offers the scores of a tile to the leaders of a thread's two rows with their error bounds. Not `exact`: without the
-/// runners-up. `Together`: the four threads of a row tell each other their best first, which pays where there are few
-/// tiles to learn from.
-template <bool Together>
-__device__ inline void offer_tile(const float (&score)[64], int tile, int mask, bool exact, float error0, float error1,
-                                  leaders& lead0, leaders& lead1) {
+/// Offers a part of the scores of a tile to the leaders of a thread's two rows with their error bounds. Not `exact`:
+/// without the runners-up. `Together`: the four threads of a row tell each other their best first, which pays where
+/// there are few tiles to learn from.
+template <bool Together, class Part>
+__device__ void offer_scores(Part part, const float (&score)[64], int tile, int mask, bool exact, float error0,
+                             float error1, leaders& lead0, leaders& lead1) {
+    constexpr int first = Part::first, end = Part::end;
     int s[64];  // (16 pairs of codes, 2 rows, 2)
 #pragma unroll
-    for (int i = 0; i < 64; ++i) s[i] = tagged(score[i], mask, 31 - (i / 4 * 2 + i % 2));
-    int top0 = max(s[0], s[1]), top1 = max(s[2], s[3]);
+    for (int i = first; i < end; ++i) s[i] = tagged(score[i], mask, 31 - (i / 4 * 2 + i % 2));
+    int top0 = max(s[first], s[first + 1]), top1 = max(s[first + 2], s[first + 3]);
 #pragma unroll
-    for (int j = 4; j < 64; j += 4) {
+    for (int j = first + 4; j < end; j += 4) {
         top0 = __vimax3_s32(top0, s[j], s[j + 1]);
         top1 = __vimax3_s32(top1, s[j + 2], s[j + 3]);
     }
@@ -112,7 +118,7 @@ __device__ inline void offer_tile(const float (&score)[64], int tile, int mask, 
     const unsigned from0 = 0u - static_cast<unsigned>(top0), from1 = 0u - static_cast<unsigned>(top1);
     unsigned near0 = 0, near1 = 0, near2 = 0, near3 = 0;
 #pragma unroll
-    for (int j = 0; j < 64; j += 4) {
+    for (int j = first; j < end; j += 4) {
         near0 = __viaddmax_u32(static_cast<unsigned>(s[j]), from0, near0);
         near1 = __viaddmax_u32(static_cast<unsigned>(s[j + 1]), from0, near1);
         near2 = __viaddmax_u32(static_cast<unsigned>(s[j + 2]), from1, near2);
@@ -128,8 +134,8 @@ __device__ inline void offer_tile(const float (&score)[64], int tile, int mask, 
     }
     const bool close0 = runner0 >= least_candidate(best0, error0), close1 = runner1 >= least_candidate(best1, error1);
     if (__any_sync(0xFFFFFFFFu, close0 || close1)) {
-        if (close0) lead0.rest = max(lead0.rest, third_largest(s, 0, runner0));
-        if (close1) lead1.rest = max(lead1.rest, third_largest(s, 1, runner1));
+        if (close0) lead0.rest = max(lead0.rest, third_largest(part, s, 0, runner0));
+        if (close1) lead1.rest = max(lead1.rest, third_largest(part, s, 1, runner1));
     }
     lead0.offer(top0, runner0, tile);
     lead1.offer(top1, runner1, tile);

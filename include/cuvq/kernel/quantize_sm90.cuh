@@ -103,7 +103,7 @@ struct sm90_barriers {
             ptx::mbarrier_init(codes_empty + i, 4 * Tile::consumers);
         }
         for (int i = 0; i < Tile::row_buffers; ++i) {
-            ptx::mbarrier_init(rows_full + i, 128);
+            ptx::mbarrier_init(rows_full + i, Tile::steps == 1 ? 64 : 128);
             ptx::mbarrier_init(rows_empty + i, 128);
         }
         for (int i = 0; i < sm90_shared<Tile>::result_buffers; ++i) {
@@ -114,8 +114,35 @@ struct sm90_barriers {
     }
 };
 
-/// The converting warp `part` of four: its 16 of every 64 rows. Its code is kept small, lest it drive the
-/// consumers' out of the instruction cache.
+/// The converting warp `part` of four, of operands of a single step: 32 rows of every other 64, a lane each.
+template <class Tile, class X>
+__device__ void convert_short_rows(const matrix_ref<const X>& x, const float* scaled_centre, float scale,
+                                   const device::score_bounds& bounds, char* operands, float* errors,
+                                   const sm90_barriers<Tile>& barriers, const row_span& span, int part) {
+    const int columns = static_cast<int>(x.columns), r = part % 2 * 32 + static_cast<int>(threadIdx.x) % 32;
+    const device::operand_columns place(columns, arch::slab_layout{1});
+    const bool vectors = loads_vectors(x);
+    short_row next;
+    const auto load = [&](int turn) {
+        const std::int64_t row = span.first(turn) + r;
+        next.load(x.row(row < x.rows ? row : x.rows - 1), columns, vectors);
+    };
+    load(part / 2);
+    for (int turn = part / 2; span.has(turn); turn += 2) {
+        const short_row row = next;
+        load(turn + 2);
+        const unsigned at = static_cast<unsigned>(turn) % Tile::row_buffers;
+        wait(barriers.rows_empty + at, (static_cast<unsigned>(turn) / Tile::row_buffers & 1) ^ 1);
+        const row_measure measure = row.put(operands + at * sm90_shared<Tile>::row_bytes, r, place, scale,
+                                            [&](int d) { return scaled_centre[d]; });
+        errors[at * row_results::rows + r] = measure.error(bounds, 1);
+        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+        arrive_each(barriers.rows_full + at);
+    }
+}
+
+/// The same for longer rows: 16 of every 64, as `row_split` says. Its code is kept small, lest it drive the consumers'
+/// out of the instruction cache.
 template <class Tile, class X>
 __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_centre, float scale,
                              const device::score_bounds& bounds, char* operands, float* errors,
@@ -124,14 +151,12 @@ __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_c
     using split = row_split<steps>;
     const int columns = static_cast<int>(x.columns);
     const int row0 = part * 16 + static_cast<int>(threadIdx.x) % 32 / split::lanes;
-    // Loaded ahead: rows of a single part, and those of nothing but whole parts and one more for the factors.
-    constexpr bool single = split::parts == 1;
-    constexpr int data_columns = 16 * (steps - 1), data_parts = single ? 1 : data_columns / 4 / split::lanes;
-    const bool ahead = single || (columns == data_columns && loads_vectors(x));
+    // Rows of nothing but whole parts, and one more for the factors, are loaded ahead.
+    constexpr int data_columns = 16 * (steps - 1), data_parts = data_columns / 4 / split::lanes;
+    const bool vectors = loads_vectors(x);
     float4 v[data_parts];  // of the row that comes next
     const auto load = [&](std::int64_t row, int s) {
-        const X* from = x.row(row < x.rows ? row : x.rows - 1);
-        v[s] = single ? load_part<steps>(from, columns, loads_vectors(x), s) : device::load4(from + split::column(s));
+        v[s] = device::load4(x.row(row < x.rows ? row : x.rows - 1) + split::column(s));
     };
     const auto centre = [&](int d) { return *reinterpret_cast<const float4*>(scaled_centre + d); };
     const auto row_at = [&](std::int64_t r) { return x.row(r < x.rows ? r : 0); };
@@ -153,27 +178,22 @@ __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_c
             arrive_each(barriers.rows_full + buffer.at);
         }
     };
-    if (ahead) {
+    if (columns == data_columns && vectors) {
 #pragma unroll
         for (int s = 0; s < data_parts; ++s) load(span.first(0) + row0, s);
         turns([&](row_image<steps>& image, std::int64_t row, std::int64_t then) {
 #pragma unroll
             for (int s = 0; s < data_parts; ++s) {
-                const float4 u = image.centred(v[s], scale, centre(split::column(s)));
-                if (single)
-                    image.put_last(u, 1.0f, columns, s);
-                else
-                    image.put(u, s);
+                image.put(image.centred(v[s], scale, centre(split::column(s))), s);
                 load(then, s);
             }
-            if (!single) image.put_factor(1.0f, data_columns, data_parts);
+            image.put_factor(1.0f, data_columns, data_parts);
             if (image.fits()) return 1.0f;
-            return image.template put_all<1>(row_at(row), row < x.rows, columns, loads_vectors(x), centre, scale, true);
+            return image.template put_all<1>(row_at(row), row < x.rows, columns, vectors, centre, scale, true);
         });
     } else {
         turns([&](row_image<steps>& image, std::int64_t row, std::int64_t) {
-            return image.template put_all<3>(row_at(row), row < x.rows, columns, loads_vectors(x), centre, scale,
-                                             false);
+            return image.template put_all<3>(row_at(row), row < x.rows, columns, vectors, centre, scale, false);
         });
     }
 }
@@ -273,13 +293,28 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
             arch::wgmma_commit();
             arch::wgmma_wait();
             arrive(barriers.codes_empty + stage.at);
-            // Of many tiles, most hold nothing that could still win: a look at their largest scores tells.
-            if (tiles >= skip_tiles) {
-                const bool may_win = largest(score, 0) >= least0 || largest(score, 1) >= least1;
-                if (!__any_sync(0xFFFFFFFFu, may_win)) continue;
+            const auto offer = [&](auto part) {
+                offer_scores<false>(part, score, tile, mask, exact, error0, error1, lead0, lead1);
+            };
+            if (tiles < skip_tiles) {
+                offer(all_scores{});
+                continue;
             }
-            offer_tile<false>(score, tile, mask, exact, error0, error1, lead0, lead1);
-            if (tiles >= skip_tiles) {
+            // Of many tiles, most parts hold nothing that could still win: a look at their largest scores tells.
+            const auto may_win = [&](auto part) {
+                const bool mine = largest(part, score, 0) >= least0 || largest(part, score, 1) >= least1;
+                return __any_sync(0xFFFFFFFFu, mine) != 0;
+            };
+            constexpr score_part<0, 16> part0;
+            constexpr score_part<16, 16> part1;
+            constexpr score_part<32, 16> part2;
+            constexpr score_part<48, 16> part3;
+            const bool wins[4] = {may_win(part0), may_win(part1), may_win(part2), may_win(part3)};
+            if (wins[0]) offer(part0);
+            if (wins[1]) offer(part1);
+            if (wins[2]) offer(part2);
+            if (wins[3]) offer(part3);
+            if (wins[0] || wins[1] || wins[2] || wins[3]) {
                 least0 = least_candidate(row_largest(lead0.best), exact ? error0 : 0.0f);
                 least1 = least_candidate(row_largest(lead1.best), exact ? error1 : 0.0f);
             }
@@ -336,7 +371,11 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
         if (warpgroup == Tile::consumers) {
             if constexpr (Tile::consumers == 3) arch::fewer_registers<80>();
             const device::score_bounds limits = as_bounds(bounds);
-            convert_rows<Tile>(a.x, centre, *image.scale, limits, rows, errors, barriers, span, warp);
+            const float scale = *image.scale;
+            if constexpr (Tile::steps == 1)
+                convert_short_rows<Tile>(a.x, centre, scale, limits, rows, errors, barriers, span, warp);
+            else
+                convert_rows<Tile>(a.x, centre, scale, limits, rows, errors, barriers, span, warp);
         } else {
             if constexpr (Tile::consumers == 3) arch::fewer_registers<64>();
             if (warp > 0)

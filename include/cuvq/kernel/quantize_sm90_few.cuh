@@ -189,12 +189,17 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
 
     // A warp converts as many rows as it can at once. Loads of the rows come first of all, since all else waits for
     // them, or takes up what connects the processor to the L2 cache: the tiles of codes.
-    const bool converts = warp < row_results::rows / split::rows;
-    const int row = warp * split::rows + lane / split::lanes;
-    const bool inside = first + row < a.x.rows, vectors = loads_vectors(a.x), ahead = vectors || split::parts == 1;
+    constexpr bool is_short = Tile::steps == 1;  // a lane takes a row
+    const bool converts = warp < row_results::rows / (is_short ? 32 : split::rows);
+    const int row = is_short ? threadIdx.x : warp * split::rows + lane / split::lanes;
+    const bool inside = first + row < a.x.rows, vectors = loads_vectors(a.x), ahead = vectors;
     const X* x = a.x.row(inside ? first + row : 0);
     float4 v[split::parts], centre[split::parts];
-    if (converts && ahead) {
+    short_row short_x, short_centre;
+    if (is_short && converts) {
+        short_x.load(x, columns, vectors);
+        short_centre.load(image.centre, columns, false);
+    } else if (converts && ahead) {
 #pragma unroll
         for (int s = 0; s < split::parts; ++s) v[s] = load_part<Tile::steps>(x, columns, vectors, s);
 #pragma unroll
@@ -213,18 +218,23 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             return float4{__fmaf_ieee_rn(scale, c.x, 0.0f), __fmaf_ieee_rn(scale, c.y, 0.0f),
                           __fmaf_ieee_rn(scale, c.z, 0.0f), __fmaf_ieee_rn(scale, c.w, 0.0f)};
         };
-        row_image<Tile::steps> operand{rows, row};
-        float factor = 1.0f;
-        const auto centre_at = [&](int d) { return scaled(device::load4(image.centre, d, columns)); };
-        if (ahead) {
+        if constexpr (is_short) {
+            measures[row] = short_x.put(rows, row, {columns, arch::slab_layout{1}}, scale,
+                                        [&](int d) { return __fmaf_ieee_rn(scale, short_centre.v[d], 0.0f); });
+        } else {
+            row_image<Tile::steps> operand{rows, row};
+            float factor = 1.0f;
+            const auto centre_at = [&](int d) { return scaled(device::load4(image.centre, d, columns)); };
+            if (ahead) {
 #pragma unroll
-            for (int s = 0; s < split::parts; ++s)
-                operand.put_last(operand.centred(v[s], scale, scaled(centre[s])), factor, columns, s);
+                for (int s = 0; s < split::parts; ++s)
+                    operand.put_last(operand.centred(v[s], scale, scaled(centre[s])), factor, columns, s);
+            }
+            if (!ahead || !operand.fits())
+                factor = operand.template put_all<3>(x, inside, columns, vectors, centre_at, scale, ahead);
+            const row_measure measure = operand.measured(factor);
+            if (split::lane() == 0) measures[row] = measure;
         }
-        if (!ahead || !operand.fits())
-            factor = operand.template put_all<3>(x, inside, columns, vectors, centre_at, scale, ahead);
-        const row_measure measure = operand.measured(factor);
-        if (split::lane() == 0) measures[row] = measure;
         ptx::fence_proxy_async(ptx::space_shared);
     }
     __syncthreads();
@@ -251,7 +261,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
                 asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
                 if (threadIdx.x % 128 == 0) fetch(j + stages);
             }
-            offer_tile<true>(score, tile_of(j), mask, exact, error0, error1, lead0, lead1);
+            offer_scores<true>(all_scores{}, score, tile_of(j), mask, exact, error0, error1, lead0, lead1);
         }
         arch::cluster<few_blocks>::wait();
         const auto send_row = [&](const leaders& lead, int row) {

@@ -10,6 +10,7 @@
 
 #include <cuvq/arch/wgmma_sm90.cuh>
 #include <cuvq/device/certificate.cuh>
+#include <cuvq/device/image.cuh>
 #include <cuvq/kernel/filter_sm90.cuh>
 #include <cuvq/kernel/outputs.cuh>
 #include <cuvq/views.hpp>
@@ -20,6 +21,14 @@ namespace cuvq::kernel {
 struct row_measure {
     float length, rest, factor;
 
+    /// From sums of squares: of t s (x - centre), and of what fp16 does to it.
+    __device__ static row_measure of(float square, float residual, float factor) {
+        // 1.0005 and 1e-17 cover the rounding and the underflow of the sums and of their roots; 2^-23 the rounding of x
+        // - centre, 2^-21 the products of low halves.
+        const float length = 1.0005f * device::approximate_root(square) + 1e-17f;
+        const float rest = 1.0005f * device::approximate_root(residual) + 1e-17f + 0x1.4p-21f * length;
+        return {length, rest, factor};
+    }
     /// The row's error bound; NaN if it did not fit.
     __device__ float error(const device::score_bounds& bounds, int steps) const {
         return device::score_error(length, rest, factor, bounds, steps);
@@ -121,11 +130,6 @@ struct row_image {
         return __all_sync(0xFFFFFFFFu, square < 0x1p26f);  // false for NaN
     }
 
-    /// The t of a row that did not fit with t = 1; NaN where none does.
-    __device__ float fitting_factor() const {
-        const float factor = device::row_factor(square);
-        return factor > 0 ? factor : __int_as_float(0x7FC00000);
-    }
     /// The whole row, in little code, `Batch` parts at a time; the t that it took. A row that is not `inside` is zeros.
     /// `vectors`: loads of four serve. `centre(column)`: four columns of the centre times the scale, zeros behind the
     /// last. `again`: it has been put already, and did not fit.
@@ -133,7 +137,7 @@ struct row_image {
     __device__ float put_all(const X* x, bool inside, int columns, bool vectors, Centre centre, float scale,
                              bool again) {
         for (float factor = 1.0f;; again = true) {
-            if (again) factor = fitting_factor();
+            if (again) factor = device::fitting_factor(square);
             square = residual = 0;
 #pragma unroll 1
             for (int first = 0; first < split::parts; first += Batch) {
@@ -152,12 +156,75 @@ struct row_image {
     }
 
     /// What the row's error bound is made of.
-    __device__ row_measure measured(float factor) const {
-        // 1.0005 and 1e-17 cover the rounding and the underflow of the sums of squares and of their roots; 2^-23 the
-        // rounding of x - centre.
-        const float length = 1.0005f * device::approximate_root(square) + 1e-17f;
-        const float rest = 1.0005f * device::approximate_root(residual) + 1e-17f + 0x1p-23f * length;
-        return {length, rest, factor};
+    __device__ row_measure measured(float factor) const { return row_measure::of(square, residual, factor); }
+};
+
+/// A row on its way into an operand of a single step, by one thread.
+struct short_row {
+    static constexpr int most = 13;
+    using layout = arch::wgmma_layout<1>;
+    float v[most];
+
+    /// Elements of x, zeros behind them. `vectors`: loads of four serve.
+    template <class X>
+    __device__ void load(const X* x, int columns, bool vectors) {
+        if (vectors) {
+#pragma unroll
+            for (int d = 0; d + 4 <= most; d += 4) {
+                const float4 u = d < columns ? device::load4(x + d) : float4{0, 0, 0, 0};
+                v[d] = u.x, v[d + 1] = u.y, v[d + 2] = u.z, v[d + 3] = u.w;
+            }
+            v[most - 1] = 0;
+        } else {
+#pragma unroll
+            for (int d = 0; d < most; ++d) v[d] = d < columns ? static_cast<float>(x[d]) : 0.0f;
+        }
+    }
+    /// Writes t s (x - centre), and t. `centre(d)`: that element of the centre times the scale s, 0 behind the last.
+    /// Whole warp, converged.
+    template <class Centre>
+    __device__ row_measure put(char* operand, int row, const device::operand_columns& place, float scale,
+                               const Centre& centre) const {
+        float u[most];
+#pragma unroll
+        for (int d = 0; d < most; ++d) u[d] = d < place.data ? __fmaf_ieee_rn(v[d], scale, -centre(d)) : 0.0f;
+        float square = 0, residual = 0, factor = 1;
+        for (bool again = false;; again = true) {
+            __half half[16];
+            square = residual = 0;
+#pragma unroll
+            for (int d = 0; d < most; ++d) {
+                half[d] = __float2half_rn(u[d]);
+                float beside = u[d] - __half2float(half[d]);
+                if (place.twofold && d < place.most_twofold) {
+                    const __half low = __float2half_rn(beside);
+                    beside -= __half2float(low);
+                    half[place.most_twofold + d] = low;
+                    half[2 * place.most_twofold + d] = half[d];
+                }
+                square = fmaf(u[d], u[d], square);
+                residual = fmaf(beside, beside, residual);
+                if (place.twofold && d == place.most_twofold - 1) break;
+            }
+            const __half t = __float2half_rn(factor);
+#pragma unroll
+            for (int p = 0; p < 3; ++p) half[most + p] = t;
+            if (place.twofold) {
+                half[most - 1] = t;
+                half[most + 2] = __float2half_rn(0.0f);
+            }
+#pragma unroll
+            for (int chunk = 0; chunk < 2; ++chunk) {
+                uint4 eight;
+                memcpy(&eight, half + 8 * chunk, sizeof eight);
+                *reinterpret_cast<uint4*>(operand + layout::offset(row_results::rows, row, 8 * chunk)) = eight;
+            }
+            if (again || __all_sync(0xFFFFFFFFu, square < 0x1p26f)) break;  // false for NaN
+            factor = device::fitting_factor(square);
+#pragma unroll
+            for (int d = 0; d < most; ++d) u[d] *= factor;
+        }
+        return row_measure::of(square, residual, factor);
     }
 };
 

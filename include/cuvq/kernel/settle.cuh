@@ -179,7 +179,7 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
                 distances[0] = device::exact_distance_alone(x, codes[0], a.x.columns);
                 distances[1] = device::exact_distance_alone(x, codes[1], a.x.columns);
             } else {
-                device::exact_distances(x, codes, a.x.columns, distances);
+                device::squared_distances(x, codes, a.x.columns, distances);
             }
             choice.consider(distances[0], k[0]);
             if (k[1] >= 0) choice.consider(distances[1], k[1]);
