@@ -126,16 +126,18 @@ __device__ inline std::uint32_t operand(const void* p) { return shared_address(p
 /// A value that is the same in all lanes, made known as such, so that it lands in a uniform register.
 __device__ inline std::uint32_t uniform(std::uint32_t v) { return __shfl_sync(0xFFFFFFFFu, v, 0); }
 
-/// Starts d = rows * codes over all steps; the caller fences before, commits and waits after. `rows` and `codes`: from
-/// `operand`, of 64 and 128 rows, uniform.
-template <int Steps>
+/// Starts d = rows * codes over all steps, or the share of the steps from `First` to before `End`, added onto what the
+/// steps before gave; the caller fences before, commits and waits after. `rows` and `codes`: from `operand`, of 64 and
+/// 128 rows, uniform; `codes` where step `First` begins.
+template <int Steps, int First = 0, int End = Steps>
 __device__ void wgmma_scores(float (&d)[64], std::uint32_t rows, std::uint32_t codes) {
     using layout = wgmma_layout<Steps>;
 #pragma unroll
-    for (int step = 0; step < Steps; ++step) {
+    for (int step = First; step < End; ++step) {
         const std::uint64_t high = std::uint64_t{layout::descriptor_high(step)} << 32;
         wgmma_64x128x16(d, high | (rows + (layout::step_offset(64, step) >> 4)),
-                        high | (codes + (layout::step_offset(128, step) >> 4)), step > 0);
+                        high | (codes + ((layout::step_offset(128, step) - layout::step_offset(128, First)) >> 4)),
+                        step > 0);
     }
 }
 

@@ -20,9 +20,9 @@ struct simt_tile {
 };
 
 /// The searches on Hopper. Operands of `steps` times 16 columns, D + 3 of them in use.
-/// `kernel/quantize_sm90.cuh`: `consumers` warpgroups of 64 rows, `row_buffers` operands of 64 rows, and `stages` tiles
-/// of 128 codes in flight. `kernel/quantize_sm90_few.cuh`: `few_groups` warpgroups score 64 rows, with `few_stages`
-/// tiles in flight, as many for each.
+/// `kernel/quantize_sm90.cuh`: `consumers` warpgroups of 64 rows, at most three, `row_buffers` operands of 64 rows, and
+/// `stages` tiles of 128 codes in flight, of more than 9 steps half tiles. `kernel/quantize_sm90_few.cuh`: `few_groups`
+/// warpgroups score 64 rows, with `few_stages` tiles in flight, as many for each.
 template <int Steps, int Consumers, int RowBuffers, int Stages, int FewGroups, int FewStages>
 struct sm90_tile {
     static constexpr int steps = Steps;
@@ -40,7 +40,7 @@ inline constexpr bool is_sm90_tile<sm90_tile<Sizes...>> = true;
 using sm90_d13 = sm90_tile<1, 3, 6, 8, 4, 8>;
 using sm90_d77 = sm90_tile<5, 3, 6, 5, 4, 8>;
 using sm90_d141 = sm90_tile<9, 3, 5, 3, 4, 4>;
-using sm90_d269 = sm90_tile<17, 2, 2, 2, 2, 2>;
+using sm90_d269 = sm90_tile<17, 3, 3, 3, 2, 2>;
 
 /// Up to so many groups of 64 rows per processor, `kernel/quantize_sm90_few.cuh` is the faster one.
 inline constexpr int few_waves = 1;

@@ -32,9 +32,14 @@ struct sm90_shared {
     static_assert(Tile::consumers >= 1 && Tile::stages >= 1 && Tile::row_buffers >= Tile::consumers,
                   "cuvq: every consumer of an sm90_tile needs a buffer of rows, lest they wait for each other");
     static constexpr int result_buffers = 2 * finishing_warps;  // so that each of them has its own
-    static_assert(result_buffers >= 2 * Tile::consumers, "");
+    static_assert(result_buffers >= 2 * Tile::consumers && (Tile::steps > 1 || Tile::row_buffers >= 3), "");
+    // A stage holds a tile of codes, or of long rows one of two parts of it, which the tensor cores read in turn.
+    static constexpr int parts = Tile::steps > 9 ? 2 : 1, part_steps = parts == 1 ? Tile::steps : Tile::steps / 8 * 4;
     static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(row_results::rows);
-    static constexpr int rows = Tile::stages * code_bytes;
+    static constexpr int part_bytes = parts == 1 ? code_bytes : layout::step_offset(image_tile, part_steps);
+    static constexpr int last_bytes = code_bytes - (parts - 1) * part_bytes;
+    static constexpr int stage_bytes = part_bytes > last_bytes ? part_bytes : last_bytes;
+    static constexpr int rows = Tile::stages * stage_bytes;
     static constexpr int errors = rows + Tile::row_buffers * row_bytes;
     static constexpr int results = errors + Tile::row_buffers * row_results::rows * 4;
     static constexpr int centre = results + result_buffers * static_cast<int>(sizeof(row_results));
@@ -137,6 +142,10 @@ __device__ void convert_short_rows(const matrix_ref<const X>& x, const float* sc
                                             [&](int d) { return scaled_centre[d]; });
         errors[at * row_results::rows + r] = measure.error(bounds, 1);
         cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+        if (turn > 0) {  // turns are done in their order, which is what parities tell apart
+            const unsigned before = static_cast<unsigned>(turn) - 1;
+            wait(barriers.rows_full + before % Tile::row_buffers, before / Tile::row_buffers & 1);
+        }
         arrive_each(barriers.rows_full + at);
     }
 }
@@ -239,46 +248,60 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
     if (lane == 0) open.counts[finishing_warps * blockIdx.x + part] = {front, seen.count() - back};
 }
 
-/// The warp that streams the tiles of codes, in each round of turns all of them; one lane.
+/// How the turns of a block are dealt out to its consumers: `width` of them take one each in every round, as evenly as
+/// can be.
+template <class Tile>
+struct turn_rounds {
+    int rounds, width;
+
+    __device__ explicit turn_rounds(int turns)
+        : rounds((turns - 1) / Tile::consumers + 1), width((turns - 1) / rounds + 1) {}
+};
+
+/// The warp that streams the tiles of codes, in each round all of them; one lane.
 template <class Tile>
 __device__ void stream_codes(const codebook_image& image, int tiles, char* codes, const sm90_barriers<Tile>& barriers,
                              const row_span& span) {
     namespace ptx = cuda::ptx;
-    constexpr int bytes = sm90_shared<Tile>::code_bytes;
+    using shared = sm90_shared<Tile>;
     ring<Tile::stages> stage(1);
-    for (int turn = 0; span.has(turn); turn += Tile::consumers) {
-        for (int tile = 0; tile < tiles; ++tile, stage.next()) {
+    const turn_rounds<Tile> deal(span.turns());
+    for (int round = 0; round < deal.rounds; ++round) {
+        for (int i = 0; i < tiles * shared::parts; ++i, stage.next()) {
+            const int tile = i / shared::parts, part = i % shared::parts;
+            const int bytes = part + 1 < shared::parts ? shared::part_bytes : shared::last_bytes;
             std::uint64_t* full = barriers.codes_full + stage.at;
             while (!ptx::mbarrier_try_wait_parity(barriers.codes_empty + stage.at, stage.parity)) {
             }
             ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full, bytes);
-            ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, codes + stage.at * bytes,
-                               image.rows + std::int64_t{tile} * bytes, bytes, full);
+            ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, codes + stage.at * shared::stage_bytes,
+                               image.rows + std::int64_t{tile} * shared::code_bytes + part * shared::part_bytes, bytes,
+                               full);
         }
     }
 }
 
-/// Consumer warpgroup `consumer`: every Tile::consumers-th turn of 64 rows against all tiles of codes.
+/// Consumer warpgroup `consumer`: in each round its turn of 64 rows, if it has one, against all tiles of codes.
 template <class Tile>
 __device__ void consume(char* codes, char* rows, const float* errors, row_results* results, int tiles, int skip_tiles,
                         bool exact, int mask, const sm90_barriers<Tile>& barriers, const row_span& span, int consumer) {
     using shared = sm90_shared<Tile>;
-    constexpr int consumers = Tile::consumers;
     const int warp = static_cast<int>(threadIdx.x) % 128 / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const std::uint32_t row_operands = arch::kept(arch::operand(rows));
     const std::uint32_t code_operands = arch::kept(arch::operand(codes));
     const int row0 = warp * 16 + lane / 4;
     ring<Tile::stages> stage(0);
-    for (int round = 0; span.has(round * consumers); ++round) {
-        const unsigned turn = round * consumers + consumer;
+    const turn_rounds<Tile> deal(span.turns());
+    for (int round = 0; round < deal.rounds; ++round) {
+        const unsigned turn = round * deal.width + consumer;
         const unsigned at = turn % Tile::row_buffers, put = turn % shared::result_buffers;
         const std::uint32_t row_operand = arch::uniform(row_operands + at * (shared::row_bytes >> 4));
-        if (!span.has(static_cast<int>(turn))) {  // the others still have rows in this round: keep step with them
-            for (int tile = 0; tile < tiles; ++tile, stage.next()) {
+        if (consumer >= deal.width || !span.has(static_cast<int>(turn))) {  // the others have rows: keep step with them
+            for (int i = 0; i < tiles * shared::parts; ++i, stage.next()) {
                 wait(barriers.codes_full + stage.at, stage.parity);
                 arrive(barriers.codes_empty + stage.at);
             }
-            return;
+            continue;
         }
         wait(barriers.rows_full + at, turn / Tile::row_buffers & 1);
         const float error0 = errors[at * row_results::rows + row0], error1 = errors[at * row_results::rows + row0 + 8];
@@ -286,11 +309,21 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
         int least0 = leaders::least, least1 = leaders::least;  // scores below cannot win any more
         for (int tile = 0; tile < tiles; ++tile, stage.next()) {
             float score[64];  // (16 pairs of codes, 2 rows, 2)
+            const auto operand = [&] { return arch::uniform(code_operands + stage.at * (shared::stage_bytes >> 4)); };
             wait(barriers.codes_full + stage.at, stage.parity);
             arch::wgmma_fence();
-            arch::wgmma_scores<Tile::steps>(score, row_operand,
-                                            arch::uniform(code_operands + stage.at * (shared::code_bytes >> 4)));
+            arch::wgmma_scores<Tile::steps, 0, shared::part_steps>(score, row_operand, operand());
             arch::wgmma_commit();
+            if constexpr (shared::parts == 2) {
+                const int before = stage.at;
+                stage.next();
+                wait(barriers.codes_full + stage.at, stage.parity);
+                arch::wgmma_fence();
+                arch::wgmma_scores<Tile::steps, shared::part_steps>(score, row_operand, operand());
+                arch::wgmma_commit();
+                arch::wgmma_wait_but<1>();
+                arrive(barriers.codes_empty + before);
+            }
             arch::wgmma_wait();
             arrive(barriers.codes_empty + stage.at);
             const auto offer = [&](auto part) {
