@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <exception>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -193,6 +194,9 @@ void add(const options& o, report& r, row w, Body body) {
         }
         try {
             body(state, w);
+        } catch (const std::bad_alloc&) {
+            r.fail(w);
+            state.SkipWithError("takes more memory than this machine gives");
         } catch (const std::exception& e) {
             r.fail(w);
             state.SkipWithError(e.what());

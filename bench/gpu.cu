@@ -430,12 +430,13 @@ void add_ema_update(fixture& s, const cuvq::shape& shape, const char* type, cons
 }
 
 template <class X>
-void add_train_step(fixture& s, const cuvq::shape& shape, const char* type) {
-    add(s, {"train_step", "cuvq", type, shape, ""}, [&s](benchmark::State& state, const row& r) {
+void add_train_step(fixture& s, const cuvq::shape& shape, const char* type, bool prepared) {
+    const char* variant = prepared ? "prepared" : "";
+    add(s, {"train_step", "cuvq", type, shape, variant}, [&s, prepared](benchmark::State& state, const row& r) {
         auto& judged = s.get<X>(r.shape);
         const auto& p = judged.data;
         const train_params params = ema_params::rectokens();
-        const ema_memory ema(p.codebook, p.shape, params);
+        const ema_memory ema(p.codebook, p.shape, params, prepared);
         const lent_memory memory(train_step_workspace_bytes(p.shape, params));
         const auto reset = [&] {
             ema.reset(s.watch.stream());
@@ -465,7 +466,8 @@ void add_shape(fixture& s, const cuvq::shape& shape, const char* type) {
         if (s.settings.wants("accumulate")) add_accumulate<X>(s, shape, type, codes);
         if (s.settings.wants("ema_update")) add_ema_update<X>(s, shape, type, codes);
     }
-    if (s.settings.wants("train_step")) add_train_step<X>(s, shape, type);
+    if (s.settings.wants("train_step")) add_train_step<X>(s, shape, type, false);
+    if (s.settings.wants("train_step") && std::is_same_v<X, float>) add_train_step<X>(s, shape, type, true);
 }
 
 std::string version_text(int version) {

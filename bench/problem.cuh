@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <cuvq/cuda_error.cuh>
+#include <cuvq/prepare.cuh>
 #include <cuvq/views.hpp>
 #include <cuvq/workspace.hpp>
 
@@ -107,7 +108,8 @@ buffer<To> converted(const buffer<From>& from) {
 /// A codebook_state that can be put back to its start: cluster sizes 1, sums the codebook, idle steps spread.
 class ema_memory {
 public:
-    ema_memory(const buffer<float>& codebook, const cuvq::shape& s, const ema_params& params)
+    /// `prepared`: the state carries a prepared codebook.
+    ema_memory(const buffer<float>& codebook, const cuvq::shape& s, const ema_params& params, bool prepared = false)
         : shape_(s),
           start_(codebook),
           ones_(std::vector<float>(static_cast<std::size_t>(s.codes), 1.0f)),
@@ -116,13 +118,16 @@ public:
           embed_sum_(codebook.size()),
           cluster_size_(s.codes),
           steps_since_active_(s.codes),
-          step_(1) {}
+          step_(1),
+          prepared_(prepared ? static_cast<std::int64_t>(prepared_codebook_bytes(s.codes, s.dimensions)) : 0) {}
 
     codebook_state<float> view() const {
-        return {matrix_view<float>(codebook_.data(), shape_.codes, shape_.dimensions),
-                matrix_view<float>(embed_sum_.data(), shape_.codes, shape_.dimensions),
-                vector_view<float>(cluster_size_.data(), shape_.codes),
-                vector_view<std::int32_t>(steps_since_active_.data(), shape_.codes), step_.data()};
+        codebook_state<float> state{matrix_view<float>(codebook_.data(), shape_.codes, shape_.dimensions),
+                                    matrix_view<float>(embed_sum_.data(), shape_.codes, shape_.dimensions),
+                                    vector_view<float>(cluster_size_.data(), shape_.codes),
+                                    vector_view<std::int32_t>(steps_since_active_.data(), shape_.codes), step_.data()};
+        if (prepared_.size() > 0) state.prepared = {prepared_.data(), prepared_.bytes()};
+        return state;
     }
     void reset(cudaStream_t stream) const {
         copy(codebook_, start_, stream);
@@ -130,6 +135,7 @@ public:
         copy(cluster_size_, ones_, stream);
         copy(steps_since_active_, idle_, stream);
         CUVQ_CHECK_CUDA(cudaMemsetAsync(step_.data(), 0, step_.bytes(), stream));
+        if (prepared_.size() > 0) prepare(view().codebook, view().prepared, stream);
     }
 
 private:
@@ -150,6 +156,7 @@ private:
     buffer<float> codebook_, embed_sum_, cluster_size_;
     buffer<std::int32_t> steps_since_active_;
     buffer<std::int64_t> step_;
+    buffer<char> prepared_;
 };
 
 /// What every type of problem has, so that one owner can hold the current one.

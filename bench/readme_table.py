@@ -46,8 +46,9 @@ UPDATE = (
     ("read_x", "one read of x"),
 )
 UPDATE_RATIOS = ("read_x", "torch_index_add", "flash_kmeans", "rectokens")
-TRAIN = (("cuvq", "**cuvq**"), ("rectokens", "RecTokens"),
-         ("vector_quantize_pytorch", "vector-quantize-pytorch, host time included"))
+TRAIN = (("cuvq", "", "**cuvq**"), ("cuvq", "prepared", "**cuvq**, state with a prepared codebook"),
+         ("rectokens", "", "RecTokens"),
+         ("vector_quantize_pytorch", "", "vector-quantize-pytorch, host time included"))
 UPDATE_ROWS = (
     ((4096, 512, 64), "uniform"),
     ((65536, 1024, 128), "uniform"),
@@ -64,6 +65,7 @@ OWN = (
     ("… hard data", "quantize", "float", "codes/hard"),
     ("`ema_update`", "ema_update", "float", "uniform"),
     ("`train_step`", "train_step", "float", ""),
+    ("… prepared", "train_step", "float", "prepared"),
 )
 OWN_UPDATE = tuple((f"{type_} {codes}", "ema_update", type_, codes)
                    for type_ in ("float", "half", "bfloat16") for codes in ("uniform", "zipf", "one"))
@@ -202,11 +204,11 @@ def update_table(rows):
 def train_table(rows, sets):
     lines = []
     for text, shape in shown(rows, sets):
-        found = [rows.get("train_step", who, shape) for who, _ in TRAIN]
+        found = [rows.get("train_step", who, shape, "float", variant) for who, variant, _ in TRAIN]
         if found[0] and found[0].us and any(row and row.us for row in found[1:]):
             cells = [cell(row.us if row else None, row) for row in found]
             lines.append((text, [f"**{cells[0]}**", *cells[1:]]))
-    return table("N, K, D", [title for _, title in TRAIN], lines) if lines else ""
+    return table("N, K, D", [title for *_, title in TRAIN], lines) if lines else ""
 
 
 def own_table(rows, sets, columns):

@@ -37,12 +37,18 @@ void expect_exact_codes(float unit, std::int64_t most) {
 }
 
 TEST_F(QuantizeFastMathSmall, SubnormalNumbers) {
-    for (const std::int64_t most : {1, 100, 1 << 23, 1 << 24}) expect_exact_codes<7>(0x1p-149f, most);
+    for (const std::int64_t most : {1, 100, 1 << 23, 1 << 24}) {
+        expect_exact_codes<3>(0x1p-149f, most);
+        expect_exact_codes<7>(0x1p-149f, most);
+    }
     expect_exact_codes<300>(0x1p-149f, 1 << 22);
 }
 
 TEST_F(QuantizeFastMathSmall, NumbersOfAllMagnitudes) {
-    for (const float unit : {0x1p-130f, 0x1p-60f, 1.0f, 0x1p100f}) expect_exact_codes<7>(unit, 1 << 20);
+    for (const float unit : {0x1p-130f, 0x1p-60f, 1.0f, 0x1p100f}) {
+        expect_exact_codes<3>(unit, 1 << 20);
+        expect_exact_codes<7>(unit, 1 << 20);
+    }
     expect_exact_codes<300>(1.0f, 1 << 20);
 }
 

@@ -409,6 +409,23 @@ TEST_F(QuantizeSmall, SomeCopiesOfARowAnywhereInTheCodebook) {
         }
 }
 
+TEST_F(QuantizeSmall, SomeRowsNearMoreCodesThanAreListed) {
+    random_source random;
+    // So few that several blocks share each, in a codebook large enough for that.
+    for (const auto& [k, d] : {std::pair<std::int64_t, std::int64_t>{1200, 64}, {20000, 5}, {3000, 30}}) {
+        auto codebook = random.normals<float>(k, d);
+        for (std::int64_t copy = 0; copy < 100; ++copy)
+            for (std::int64_t c = 0; c < d; ++c)
+                codebook(copy * 11 + 3, c) = codebook.at(3, c) * (1 + 0x1p-22f * random.integer(0, 2));
+        auto x = random.normals<float>(150, d);
+        for (std::int64_t i = 0; i < 30; ++i)
+            for (std::int64_t c = 0; c < d; ++c) x(5 * i, c) = codebook.at(3, c) + 1e-4f * random.normal();
+        x(7, 0) = nan;
+        x(149, d - 1) = -inf;
+        expect_exact(x, codebook);
+    }
+}
+
 TEST_F(QuantizeSmall, OutliersAmongCodesAndRows) {
     random_source random;
     for (const float far : {100.0f, 1e5f, 1e10f, 1e30f})
@@ -652,6 +669,9 @@ TEST_F(QuantizeSmall, ATileOfTheCallersOwnChangesNothing) {
     EXPECT_EQ((same_with_tile<mma_tile<64, 128, 3, false, 1>, 40>(500, 300)), major >= 8);
     const bool few = same_with_tile<sm90_tile<5, 3, 6, 4, 2, 4>, 40>(500, 300);
     EXPECT_EQ((same_with_tile<sm90_tile<5, 3, 6, 4, 2, 4>, 40>(9000, 300)), few);
+    EXPECT_EQ((same_with_tile<sm90_tile<17, 2, 2, 2, 2, 2>, 200>(9000, 300)), few);  // two consumers
+    EXPECT_EQ((same_with_tile<sm90_tile<1, 3, 5, 4, 4, 4>, 8>(30000, 100)), few);    // an odd number of row buffers
+    EXPECT_FALSE((same_with_tile<sm90_tile<18, 2, 2, 2, 2, 2>, 280>(9000, 100))) << "wider than its kernels serve";
     EXPECT_FALSE((same_with_tile<sm90_tile<1, 3, 6, 4, 4, 4>, 40>(500, 300))) << "its operands hold 13 dimensions";
 }
 
@@ -763,15 +783,23 @@ TEST_F(QuantizeSmall, FastCodesAreWithinTheirBound) {
 
 TEST_F(QuantizeSmall, FastTakesTheLowestOfEqualCodes) {
     random_source random;
-    for (const std::int64_t n : {50, 20000}) {
-        const auto half = random.normals<float>(700, 40);
-        const auto codebook =
-            matrix<float>::generate(1400, 40, [&](auto k, auto d) { return half.at((k * 37) % 700, d); });
-        search_memory<float, float> memory(random.normals<float>(n, 40), codebook);
-        memory.params.accuracy = accuracy::fast;
-        memory.run();
-        for (const auto code : memory.outcome().codes) ASSERT_LT(code, 700);
-    }
+    for (const std::int64_t n : {50, 20000})
+        for (const std::int64_t k : {700, 1900}) {  // twice
+            const auto half = random.normals<float>(k, 40);
+            const auto codebook =
+                matrix<float>::generate(2 * k, 40, [&](auto c, auto d) { return half.at(c * 37 % k, d); });
+            search_memory<float, float> memory(random.normals<float>(n, 40), codebook);
+            memory.params.accuracy = accuracy::fast;
+            memory.run();
+            for (const auto code : memory.outcome().codes) ASSERT_LT(code, k);
+        }
+    // Every code of the first tiles is there in each quarter of another one.
+    const auto rows = random.normals<float>(32, 24);
+    const auto codebook = matrix<float>::generate(3200, 24, [&](auto c, auto d) { return rows.at(c % 32, d); });
+    search_memory<float, float> memory(random.normals<float>(9000, 24), codebook);
+    memory.params.accuracy = accuracy::fast;
+    memory.run();
+    for (const auto code : memory.outcome().codes) ASSERT_LT(code, 32);
 }
 
 // ---- determinism ----------------------------------------------------------------------------------------------------
@@ -817,11 +845,14 @@ TEST_F(QuantizeTest, AMillionRowsTwentyTimes) { expect_steady_codes(1 << 20, 102
 TEST_F(QuantizeTest, AMillionRowsWhereEveryCodeIsThereTwice) { expect_steady_codes(1 << 20, 512, 64, 5, true); }
 
 TEST_F(QuantizeTest, ManyRowsAndCodesOfEveryOperandSize) {
-    for (const std::int64_t d : {3, 8, 13, 48, 77, 100, 256, 269}) expect_steady_codes(150001, 2050, d, 4, false);
+    for (const std::int64_t d : {3, 8, 13, 48, 77, 100, 256, 269}) {
+        expect_steady_codes(150001, 1000, d, 2, false);
+        expect_steady_codes(150001, 3100, d, 2, false);  // so many tiles that not all are looked at closely
+    }
 }
 
 TEST_F(QuantizeTest, AHundredMillionRowsOfAllFamiliesAgainstFloat64) {
-    constexpr std::int64_t n = 1 << 20, shapes[][2] = {{512, 3}, {1000, 8}, {512, 64}, {257, 128}};
+    constexpr std::int64_t n = 1 << 20, shapes[][2] = {{512, 3}, {3100, 8}, {512, 64}, {257, 128}};
     device_array<std::int32_t> codes(n);
     for (const family f : families) {
         for (const auto& [k, d] : shapes) {

@@ -176,8 +176,9 @@ struct read_image {
     std::vector<float> centre;
     float scale = 0;
     device::score_bounds most{};  // over all entries
-    matrix<float> rows;           // of every code, decoded: C^
+    matrix<double> rows;          // of every code, decoded: C^
     std::vector<double> offsets;  // n
+    bool twofold = false;         // whether each element is there in two halves
 
     read_image(const prepared_codebook& prepared, std::int64_t k, std::int64_t d)
         : centre(static_cast<std::size_t>(d)), rows(k, d), offsets(static_cast<std::size_t>(k)) {
@@ -203,11 +204,18 @@ struct read_image {
             std::memcpy(&half, &bytes[static_cast<std::size_t>(at)], sizeof half);
             return __half2float(half);
         };
+        twofold = d <= 4;  // then columns 0 to 3 hold high halves, and so do 4 to 7; 8 to 11 the low ones
+        const std::int64_t n_column = d <= 4 ? 12 : d <= 13 ? 13 : d;
         for (std::int64_t code = 0; code < k; ++code) {
-            for (std::int64_t c = 0; c < d; ++c) rows(code, c) = element(code, c);
-            for (int part = 0; part < 3; ++part) offsets[static_cast<std::size_t>(code)] += element(code, d + part);
-            for (std::int64_t c = d + 3; c < image.layout.columns(); ++c)
-                EXPECT_EQ(element(code, c), 0) << "code " << code << ", column " << c;
+            for (std::int64_t c = 0; c < d; ++c) {
+                rows(code, c) = static_cast<double>(element(code, c)) + (twofold ? element(code, c + 8) : 0.0f);
+                if (twofold) EXPECT_EQ(element(code, c + 4), element(code, c)) << "code " << code << ", column " << c;
+            }
+            for (int part = 0; part < 3; ++part)
+                offsets[static_cast<std::size_t>(code)] += element(code, n_column + part);
+            for (std::int64_t c = d; c < image.layout.columns(); ++c)
+                if ((twofold ? c % 4 >= d || c >= 12 : true) && (c < n_column || c >= n_column + 3))
+                    EXPECT_EQ(element(code, c), 0) << "code " << code << ", column " << c;
         }
     }
 
@@ -243,7 +251,7 @@ struct read_image {
         if (!(most_shift - least_shift <= 2 * most.offset_rest + 1e-13 * (largest + offset)))
             return testing::AssertionFailure() << "shifts from " << least_shift << " to " << most_shift;
         if (tight && most.offset_rest < inf &&
-            !(most.norm <= 1.001 * norm && most.residual <= 1.001 * residual &&
+            !(most.norm <= (twofold ? 1.003 : 1.001) * norm && most.residual <= 1.001 * residual &&
               most.offset <= 1.001 * (offset + most.offset_rest)))
             return testing::AssertionFailure()
                    << "loose: norm " << norm << ", " << most.norm << "; residual " << residual << ", " << most.residual
@@ -278,13 +286,15 @@ void expect_image_follows(const host_state<T>& start, const ema_params& params, 
 
 TEST_F(TrainStepSmall, AnImageFollowsEveryRule) {
     random_source random;
-    std::vector<matrix<float>> batches;
-    for (int step = 0; step < 4; ++step) batches.push_back(random.normals<float>(150, 9));
-    for (const auto& [name, params] : every_rule()) {
-        SCOPED_TRACE(name);
-        expect_image_follows(
-            trained_state<float>(random, 60, 9), params, 4,
-            [&](int step) { return batches[static_cast<std::size_t>(step)]; }, 200.0f);
+    for (const std::int64_t d : {3, 4, 9}) {
+        std::vector<matrix<float>> batches;
+        for (int step = 0; step < 4; ++step) batches.push_back(random.normals<float>(150, d));
+        for (const auto& [name, params] : every_rule()) {
+            SCOPED_TRACE(testing::Message() << name << ", " << d << " columns");
+            expect_image_follows(
+                trained_state<float>(random, 60, d), params, 4,
+                [&](int step) { return batches[static_cast<std::size_t>(step)]; }, 200.0f);
+        }
     }
 }
 
@@ -298,7 +308,7 @@ TEST_F(TrainStepTest, AnImageFollowsACodebookFromZeroToFarAwayAndOn) {
     clamp.check_every = 1;
     for (const auto& params : {rectokens, clamp})
         for (const std::int64_t n : {700, 9000})
-            for (const std::int64_t d : {5, 64, 130, 300}) {
+            for (const std::int64_t d : {3, 5, 64, 130, 300}) {
                 SCOPED_TRACE(testing::Message() << n << " rows, " << d << " columns");
                 const std::int64_t k = d == 130 ? 33 : 300;
                 const auto noise = random.normals<float>(n, d);
@@ -597,6 +607,7 @@ TEST(TrainStepWorkspaceSmall, IsAtMostTwentyFourBytesARowAndFourCodebooks) {
             params.rule = ema_rule::laplace;
             step_stats stats;
             if (reports) params.stats = &stats;  // not followed
+            // Counts of open rows, and images of the narrowest codebooks, take 16 KB that grow with nothing.
             const std::int64_t rounding = 64 * workspace::alignment, losses = reports ? 257 << 10 : 0;
             EXPECT_LE(static_cast<std::int64_t>(train_step_workspace_bytes(size, params)),
                       24 * size.vectors + 16 * size.codes * size.dimensions + losses + rounding)
@@ -641,7 +652,7 @@ TYPED_TEST(TrainStepTypes, TwentyRunsAreBitwiseEqual) {
         {9000, 300, 200, 900},   // then summed in two slices
         {8500, 200, 300, 850},   // in three
         {9000, 3000, 24, 40},    // rows left open, so few that several blocks share each
-        {9000, 3000, 24, 9000},  // more than there is room for
+        {9000, 3000, 24, 9000},  // more than several blocks share
     };
     auto total = ema_params::vector_quantize_pytorch(), single = total;
     single.rule = ema_rule::active_only;

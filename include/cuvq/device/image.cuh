@@ -16,7 +16,7 @@ inline constexpr int image_part = 16;
 /// Where the D elements of a row go in an operand of the tensor cores: column by column, but up to four elements of an
 /// operand of a single step as two halves each, high = fp16(v) and low = fp16(v - high), of x in the order high, low,
 /// high, of codes in the order high, high, low. So the narrowest rows, of which many are close to each other, are told
-/// apart to 22 bits at no cost.
+/// apart better, at no cost.
 struct operand_columns {
     static constexpr int most_twofold = 4;
     int data;
@@ -39,15 +39,16 @@ struct operand_columns {
 };
 
 /// The image of a codebook as the tensor-core searches read it, in device memory (kernel/prepare.cuh and
-/// kernel/prepare_wide.cuh make it). Row k holds C^ = fp16(scale (c - centre)), see `operand_columns`, then n
-/// in three halves (so that a row of x extended by three ones has the score X.C + n), then zeros. Rows of
-/// non-finite codes and beyond K hold zeros and n = -60000.
+/// kernel/prepare_wide.cuh make it). Row k holds C^ = fp16(scale (c - centre)) and, from column `width` of
+/// `operand_columns` on, n in three halves (so that a row of x extended by three ones has the score X.C + n), then
+/// zeros. Rows of non-finite codes and beyond K hold zeros and n = -60000.
 struct image_ref {
-    const float* centre = nullptr;         ///< [D] aligned to 16 bytes
-    const float* scale = nullptr;          ///< [1] power of two
-    const score_bounds* bounds = nullptr;  ///< [tiles * image_tile / image_part] Inf where a code did not fit fp16
-    const char* rows = nullptr;            ///< [tiles] operands of image_tile rows in `layout`, aligned to 16 bytes
-    arch::slab_layout layout{};            ///< of at least D + 3 columns
+    const float* centre = nullptr;  ///< [D] aligned to 16 bytes
+    const float* scale = nullptr;   ///< [1] power of two
+    const score_bounds* bounds =
+        nullptr;                 ///< [tiles * image_tile / image_part] Inf or NaN where a code did not fit fp16
+    const char* rows = nullptr;  ///< [tiles] operands of image_tile rows in `layout`, aligned to 16 bytes
+    arch::slab_layout layout{};  ///< of at least D + 3 columns
 
     CUVQ_HOST_DEVICE static constexpr std::int64_t tiles(std::int64_t codes) { return (codes - 1) / image_tile + 1; }
     CUVQ_HOST_DEVICE static constexpr std::int64_t parts(std::int64_t codes) {

@@ -53,9 +53,9 @@ __device__ int write_twofold_image_row(char* tile, const arch::slab_layout& layo
     const bool holds = place.holds(lane) && row != nullptr;
     const float c = holds ? static_cast<float>(row[d]) : 0.0f;
     const double v = holds ? frame.scale * (widened(c) - widened(frame.centre[d])) : 0.0;
-    const __half high = __float2half_rn(static_cast<float>(v));
+    const __half high = __double2half(v);
     const double beside = v - static_cast<double>(__half2float(high));
-    const __half low = __float2half_rn(static_cast<float>(beside));
+    const __half low = __double2half(beside);
     const double kept = static_cast<double>(__half2float(high)) + static_cast<double>(__half2float(low));
     const bool counts = lane < place.data;
     double norm = counts ? v * v : 0, length = counts ? kept * kept : 0,

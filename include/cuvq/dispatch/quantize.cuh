@@ -219,7 +219,8 @@ bool serves_sm90(std::int64_t codes, std::int64_t dimensions) {
     int device = 0, major = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    return major == 9 && codes < kernel::row_results::most_codes && Tile::steps == image_layout(dimensions).steps &&
+    return major == 9 && codes < kernel::row_results::most_codes && dimensions <= sm90_d269::dimensions &&
+           Tile::steps == image_layout(dimensions).steps &&
            is_compiled(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_threads) &&
            fits_shared(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_shared<Tile>::allocated, device) &&
            fits_shared(kernel::quantize_sm90<Tile, X, C>, kernel::sm90_shared<Tile>::allocated, device);

@@ -19,10 +19,11 @@ struct simt_tile {
     static constexpr int depth = 16;
 };
 
-/// The searches on Hopper. Operands of `steps` times 16 columns, D + 3 of them in use.
-/// `kernel/quantize_sm90.cuh`: `consumers` warpgroups of 64 rows, at most three, `row_buffers` operands of 64 rows, and
-/// `stages` tiles of 128 codes in flight, of more than 9 steps half tiles. `kernel/quantize_sm90_few.cuh`: `few_groups`
-/// warpgroups score 64 rows, with `few_stages` tiles in flight, as many for each.
+/// The searches on Hopper. Operands of `steps` times 16 columns: the elements', see `device::operand_columns`, and
+/// three. `kernel/quantize_sm90.cuh`: `consumers` warpgroups of 64 rows, at most three, `row_buffers` operands of 64
+/// rows, and `stages` tiles of 128 codes in flight, of more than 9 steps half tiles, two at least.
+/// `kernel/quantize_sm90_few.cuh`: `few_groups` warpgroups score 64 rows, with `few_stages` tiles in flight, as many
+/// for each.
 template <int Steps, int Consumers, int RowBuffers, int Stages, int FewGroups, int FewStages>
 struct sm90_tile {
     static constexpr int steps = Steps;
@@ -51,7 +52,7 @@ constexpr int few_room(long long cluster, int processors) {
     return cluster > 8 ? processors / 2 : cluster > 2 ? processors * 10 / 11 : processors;
 }
 
-/// From this many tiles of codes on, a tile is looked at closely only where its largest scores could still win.
+/// From this many tiles of codes on, a quarter of one is looked at closely only if its largest scores could still win.
 inline constexpr int skip_tiles = 24;
 
 /// `device/nearest_mma.cuh`: a block finds the nearest codes of `rows` rows (64 or 128), `codes` codes (128 or 256) and

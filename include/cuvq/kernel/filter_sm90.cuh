@@ -47,7 +47,7 @@ using device::least_candidate;
 struct leaders : device::wide_row_leaders {
     static constexpr int least = device::least_score;
 
-    /// A tile's largest score only: for the best alone. Of equal scores the first stays, whatever their tags.
+    /// The largest of some scores only: for the best alone. Of equal scores the first stays, whatever their tags.
     __device__ void lead(int score, int tile) {
         const bool leads = score > (best | ~tag_mask);
         best = leads ? score : best;
@@ -141,7 +141,7 @@ __device__ void offer_scores(Part part, const float (&score)[64], int tile, int 
     lead1.offer(top1, runner1, tile);
 }
 
-/// Turns what the four threads of two rows saw, row and row + 8, into codes, or into words for the finishing warps. All
+/// Turns what the four threads of two rows saw, row and row + 8, into codes, or into words for `settle_rows`. All
 /// four call it; the rows go side by side, since one alone would mostly wait for shuffles.
 __device__ inline void conclude(const leaders& lead0, const leaders& lead1, float error0, float error1, bool exact,
                                 row_results& results, int row) {

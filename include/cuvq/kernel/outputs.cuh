@@ -22,9 +22,6 @@ struct search_tally {
     unsigned long long* rows_without = nullptr;  // [1] rows without a code
 };
 
-/// Stands for the code of a row that somebody else finishes.
-inline constexpr std::int64_t code_aside = -2;
-
 /// Writes four elements in one store that does not linger in the cache.
 template <class T>
 __device__ void store4(T* to, const float4& v) {

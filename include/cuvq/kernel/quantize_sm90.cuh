@@ -32,10 +32,13 @@ struct sm90_shared {
     static_assert(Tile::consumers >= 1 && Tile::stages >= 1 && Tile::row_buffers >= Tile::consumers,
                   "cuvq: every consumer of an sm90_tile needs a buffer of rows, lest they wait for each other");
     static constexpr int result_buffers = 2 * finishing_warps;  // so that each of them has its own
-    static_assert(result_buffers >= 2 * Tile::consumers && (Tile::steps > 1 || Tile::row_buffers >= 3), "");
+    static_assert(Tile::consumers <= finishing_warps, "cuvq: an sm90_tile has at most three consumers");
     // A stage holds a tile of codes, or of long rows one of two parts of it, which the tensor cores read in turn.
     static constexpr int parts = Tile::steps > 9 ? 2 : 1, part_steps = parts == 1 ? Tile::steps : Tile::steps / 8 * 4;
     static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(row_results::rows);
+    static_assert(Tile::stages >= parts, "cuvq: an sm90_tile has stages for a whole tile of codes");
+    static_assert(Tile::steps > 1 || Tile::row_buffers > 1,
+                  "cuvq: rows of an sm90_tile of one step are converted two by two");
     static constexpr int part_bytes = parts == 1 ? code_bytes : layout::step_offset(image_tile, part_steps);
     static constexpr int last_bytes = code_bytes - (parts - 1) * part_bytes;
     static constexpr int stage_bytes = part_bytes > last_bytes ? part_bytes : last_bytes;

@@ -28,6 +28,9 @@ namespace cuvq::kernel {
 /// Sizes of a block, and the most blocks of a cluster.
 inline constexpr int few_warps = 16, few_threads = 32 * few_warps, few_blocks = 16;
 
+/// Stands for the code of a row that is the whole block's.
+inline constexpr std::int64_t code_aside = -2;
+
 /// Candidates of a row that are measured one by one; rows with more are the whole block's.
 inline constexpr int few_candidates = 8;
 
@@ -192,14 +195,14 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     constexpr bool is_short = Tile::steps == 1;  // a lane takes a row
     const bool converts = warp < row_results::rows / (is_short ? 32 : split::rows);
     const int row = is_short ? threadIdx.x : warp * split::rows + lane / split::lanes;
-    const bool inside = first + row < a.x.rows, vectors = loads_vectors(a.x), ahead = vectors;
+    const bool inside = first + row < a.x.rows, vectors = loads_vectors(a.x);
     const X* x = a.x.row(inside ? first + row : 0);
     float4 v[split::parts], centre[split::parts];
     short_row short_x, short_centre;
     if (is_short && converts) {
         short_x.load(x, columns, vectors);
         short_centre.load(image.centre, columns, false);
-    } else if (converts && ahead) {
+    } else if (converts && vectors) {
 #pragma unroll
         for (int s = 0; s < split::parts; ++s) v[s] = load_part<Tile::steps>(x, columns, vectors, s);
 #pragma unroll
@@ -225,13 +228,13 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             row_image<Tile::steps> operand{rows, row};
             float factor = 1.0f;
             const auto centre_at = [&](int d) { return scaled(device::load4(image.centre, d, columns)); };
-            if (ahead) {
+            if (vectors) {
 #pragma unroll
                 for (int s = 0; s < split::parts; ++s)
                     operand.put_last(operand.centred(v[s], scale, scaled(centre[s])), factor, columns, s);
             }
-            if (!ahead || !operand.fits())
-                factor = operand.template put_all<3>(x, inside, columns, vectors, centre_at, scale, ahead);
+            if (!vectors || !operand.fits())
+                factor = operand.template put_all<3>(x, inside, columns, vectors, centre_at, scale, vectors);
             const row_measure measure = operand.measured(factor);
             if (split::lane() == 0) measures[row] = measure;
         }

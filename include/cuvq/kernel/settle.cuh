@@ -146,10 +146,6 @@ __device__ void merge_block(device::exact_choice& choice, double (&distances)[Wa
     }
 }
 
-#endif  // CUVQ_HAS_WGMMA
-
-#if CUVQ_HAS_WGMMA
-
 /// Codes of the rows listed from the front, whose candidates `Lanes` lanes measure. Warp `warp` of `warps`, at least
 /// one for every finishing warp.
 template <int Lanes, class X, class C>
