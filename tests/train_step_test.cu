@@ -229,7 +229,8 @@ struct read_image {
                 const double v =
                     static_cast<double>(scale) * (static_cast<double>(static_cast<float>(codebook.at(k, d))) -
                                                   static_cast<double>(centre[static_cast<std::size_t>(d)]));
-                const double held = rows.at(k, d);
+                const double held =
+                    rows.data[static_cast<std::size_t>(k * codebook.columns + d)];  // not rounded to float
                 true_square += v * v;
                 square += held * held;
                 rest += (v - held) * (v - held);
