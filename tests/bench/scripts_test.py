@@ -114,6 +114,13 @@ class ResultsTest(WithResults):
         results.write(self.directory / "b.json", {"commit": "2"}, [])
         self.assertIn("several commits (1, 2)", self.silently(results.Results, self.directory)[0])
 
+    def test_peers_may_be_of_an_earlier_commit(self):
+        results.write(self.directory / "a.json", {"commit": "1"}, [])
+        results.write(self.directory / "peers.json", {"commit": "2"}, [])
+        text = results.Results(self.directory).run_text()
+        self.assertIn("commit 1", text)
+        self.assertIn("peers in Python beside commit 2", text)
+
     def test_ratios(self):
         results.add_ratios(self.directory)
         by_name = {e["name"]: e for e in json.loads((self.directory / "cuvq_float.json").read_text())["benchmarks"]}
