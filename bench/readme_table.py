@@ -46,6 +46,7 @@ UPDATE = (
     ("read_x", "one read of x"),
 )
 UPDATE_RATIOS = ("read_x", "torch_index_add", "flash_kmeans", "rectokens")
+SUMS = ("cuvq", "torch_index_add", "flash_kmeans", "cub_sort_reduce", "cublas_one_hot")
 TRAIN = (("cuvq", "", "**cuvq**"), ("cuvq", "prepared", "**cuvq**, state with a prepared codebook"),
          ("rectokens", "", "RecTokens"),
          ("vector_quantize_pytorch", "", "vector-quantize-pytorch, host time included"))
@@ -201,6 +202,21 @@ def update_table(rows):
     return table("N, K, D, codes", columns, lines) if lines else ""
 
 
+def sums_table(rows, sets):
+    """Counts and sums alone, and the whole update beside them."""
+    titles = {who: title.removesuffix(" ¹") for who, title in UPDATE}
+    lines = []
+    for text, shape in shown(rows, sets):
+        sums = {who: rows.get("accumulate", who, shape, variant="" if who == "cublas_one_hot" else "uniform")
+                for who in SUMS}
+        if sums["cuvq"] and any(row and row.us for who, row in sums.items() if who != "cuvq"):
+            found = [sums["cuvq"], update_row(rows, "cuvq", shape), *(sums[who] for who in SUMS[1:])]
+            cells = [cell(row.us if row else None, row) for row in found]
+            lines.append((text, [f"**{cells[0]}**", f"**{cells[1]}**", *cells[2:]]))
+    columns = ("**cuvq** `accumulate`", "**cuvq** `ema_update`", *(titles[who] for who in SUMS[1:]))
+    return table("N, K, D", columns, lines) if lines else ""
+
+
 def train_table(rows, sets):
     lines = []
     for text, shape in shown(rows, sets):
@@ -252,6 +268,8 @@ def block(rows, directory, readme):
     update = update_table(rows)
     if update:
         parts += ["`ema_update`, float32, given codes. ¹ Counts and sums only, no update.\n", update]
+    parts += folded("Counts and sums, float32, uniform codes, beside others",
+                    sums_table(rows, ("seed", "large", "models")))
     parts += folded("`train_step`, float32, beside others", train_table(rows, ("seed", "large", "models")))
     own = own_table(rows, ("seed", "large"), OWN)
     if own:
