@@ -46,7 +46,7 @@ UPDATE = (
     ("read_x", "one read of x"),
 )
 UPDATE_RATIOS = ("read_x", "torch_index_add", "flash_kmeans", "rectokens")
-SUMS = ("cuvq", "torch_index_add", "flash_kmeans", "cub_sort_reduce", "cublas_one_hot")
+SUMS = ("torch_index_add", "flash_kmeans", "cub_sort_reduce", "cublas_one_hot")
 TRAIN = (("cuvq", "", "**cuvq**"), ("cuvq", "prepared", "**cuvq**, state with a prepared codebook"),
          ("rectokens", "", "RecTokens"),
          ("vector_quantize_pytorch", "", "vector-quantize-pytorch, host time included"))
@@ -207,13 +207,12 @@ def sums_table(rows, sets):
     titles = {who: title.removesuffix(" ¹") for who, title in UPDATE}
     lines = []
     for text, shape in shown(rows, sets):
-        sums = {who: rows.get("accumulate", who, shape, variant="" if who == "cublas_one_hot" else "uniform")
-                for who in SUMS}
-        if sums["cuvq"] and any(row and row.us for who, row in sums.items() if who != "cuvq"):
-            found = [sums["cuvq"], update_row(rows, "cuvq", shape), *(sums[who] for who in SUMS[1:])]
-            cells = [cell(row.us if row else None, row) for row in found]
-            lines.append((text, [f"**{cells[0]}**", f"**{cells[1]}**", *cells[2:]]))
-    columns = ("**cuvq** `accumulate`", "**cuvq** `ema_update`", *(titles[who] for who in SUMS[1:]))
+        own = rows.get("accumulate", "cuvq", shape, variant="uniform"), update_row(rows, "cuvq", shape)
+        others = [update_row(rows, who, shape) for who in SUMS]
+        if own[0] and any(row and row.us for row in others):
+            lines.append((text, [*(f"**{cell(row.us if row else None, row)}**" for row in own),
+                                 *(cell(row.us if row else None, row) for row in others)]))
+    columns = ("**cuvq** `accumulate`", "**cuvq** `ema_update`", *(titles[who] for who in SUMS))
     return table("N, K, D", columns, lines) if lines else ""
 
 
