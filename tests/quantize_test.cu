@@ -426,6 +426,25 @@ TEST_F(QuantizeSmall, SomeRowsNearMoreCodesThanAreListed) {
     }
 }
 
+TEST_F(QuantizeSmall, RowsNearSeveralEqualCodes) {
+    random_source random;
+    // All rows, or every third: the lists of open rows are full, or have room.
+    for (const std::int64_t copies : {3, 4, 5, 6, 8, 9})
+        for (const std::int64_t every : {1, 3})
+            for (const std::int64_t d : {5, 40}) {
+                const auto rows = random.normals<float>(50, d);
+                const auto codebook =
+                    matrix<float>::generate(50 * copies, d, [&](auto k, auto c) { return rows.at(k * 7 % 50, c); });
+                expect_exact(matrix<float>::generate(500, d,
+                                                     [&](auto i, auto c) {
+                                                         const float near =
+                                                             rows.at(i % 50, c) + 1e-3f * random.normal();
+                                                         return i % every == 0 ? near : 3 * random.normal();
+                                                     }),
+                             codebook);
+            }
+}
+
 TEST_F(QuantizeSmall, OutliersAmongCodesAndRows) {
     random_source random;
     for (const float far : {100.0f, 1e5f, 1e10f, 1e30f})

@@ -262,6 +262,13 @@ __device__ void consider_codes(exact_choice& choice, const X* row, const matrix_
         int open = 0;
 #pragma unroll
         for (int j = 0; j < batch; ++j) open |= near[j] > limit ? 0 : 1 << j;  // NaN rules nothing out
+        if (open == (1 << batch) - 1) {  // as of copies, and where the filter decides nothing
+            double distances[batch];
+            squared_distances(row, reinterpret_cast<const C* const(&)[batch]>(codes), columns, distances);
+#pragma unroll
+            for (int j = 0; j < batch; ++j) choice.consider(distances[j], code_at(i + j));
+            continue;
+        }
         for (; open != 0; open &= open - 1) {
             const std::int64_t k = code_at(i + __ffs(open) - 1);
             choice.consider(exact_distance(row, codebook.row(k), columns), k);

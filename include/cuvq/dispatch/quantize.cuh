@@ -115,7 +115,7 @@ struct search_scratch {
         const std::int64_t groups = (s.vectors + kernel::row_results::rows - 1) / kernel::row_results::rows;
         if (groups < 2 || s.dimensions > sm90_d269::dimensions || !has_image(s.codes, s.dimensions)) return;
         open.rows = c.take<int>(groups * kernel::row_results::rows);
-        open.words = c.take<int4>(groups * kernel::row_results::rows);
+        open.words = c.take<kernel::open_words>(groups * kernel::row_results::rows);
         open.counts = c.take<int2>(std::min<std::int64_t>(groups * kernel::finishing_warps, kernel::most_segments));
         if (kernel::shared_parts(s.codes, s.dimensions) > 1)
             open.shared = c.take<kernel::shared_row>(kernel::most_shared_rows);

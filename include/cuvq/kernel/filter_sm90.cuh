@@ -15,7 +15,7 @@ namespace cuvq::kernel {
 
 /// What the filter leaves of one warpgroup's 64 rows.
 struct row_results {
-    static constexpr int rows = 64, words = 4;
+    static constexpr int rows = 64, words = 8;
     // A word is a code, or
     static constexpr int column = 1 << 29;         // column | q: all codes that thread q of 4 scored
     static constexpr int everything = 0x7FFFFFFF;  // the whole codebook

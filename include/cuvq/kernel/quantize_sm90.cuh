@@ -218,6 +218,7 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
     constexpr int buffers = sm90_shared<Tile>::result_buffers;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const rows_seen seen{span, part};
+    const code_list::layout layout(a.codebook.rows);
     int front = 0, back = seen.count();  // of its list, what is free
     for (int turn = part, number = lane; span.has(turn); turn += finishing_warps) {
         const unsigned put = static_cast<unsigned>(turn) % buffers;
@@ -229,18 +230,30 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
             const int code = row < a.x.rows ? result.code[start + lane] : 0;
             const unsigned left_open = __ballot_sync(0xFFFFFFFFu, code < 0);
             if (left_open != 0) {
-                int4 word = *reinterpret_cast<const int4*>(result.word[start + lane]);
-                word.y = code < -2 ? word.y : -1;
-                word.z = code < -3 ? word.z : -1;
-                word.w = code < -4 ? word.w : -1;
-                const bool wide = code < 0 && max(max(word.x, word.y), max(word.z, word.w)) >= row_results::column;
+                int words[row_results::words];
+#pragma unroll
+                for (int i = 0; i < row_results::words; i += 4)
+                    *reinterpret_cast<int4*>(words + i) = *reinterpret_cast<const int4*>(result.word[start + lane] + i);
+                const int count = -1 - code;  // of an open row
+                int largest = 0;
+#pragma unroll
+                for (int i = 0; i < row_results::words; ++i) largest = i < count ? max(largest, words[i]) : largest;
+                const bool wide = code < 0 && (largest >= row_results::column || count > layout.most());
                 const unsigned all_wide = __ballot_sync(0xFFFFFFFFu, wide), below = (1u << lane) - 1;
                 back -= __popc(all_wide);
                 if (code < 0) {
                     const std::int64_t place = seen.row(wide ? back + __popc(all_wide & below)
                                                              : front + __popc(left_open & ~all_wide & below));
+                    open_words entry;
+                    if (!wide) {
+                        entry.codes = code_list::of(words, count, layout);
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) entry.words[i] = i < count ? words[i] : -1;
+                        if (count > 4) entry.words[0] = row_results::everything;
+                    }
                     open.rows[place] = number;
-                    open.words[place] = word;
+                    open.words[place] = entry;
                 }
                 front += __popc(left_open & ~all_wide);
             }

@@ -47,11 +47,51 @@ struct rows_seen {
     }
 };
 
+/// Some codes in 16 bytes, each in as few bits as the codebook allows: eight of up to 2^16 - 1, six of up to 2^21 - 1.
+struct code_list {
+    std::uint64_t half[2];
+
+    /// How codes below K lie in a half.
+    struct layout {
+        int bits, each;
+
+        __device__ explicit layout(std::int64_t codes) : bits(codes < 1 << 16 ? 16 : codes < 1 << 21 ? 21 : 32) {
+            each = 64 / bits;
+        }
+        __device__ int most() const { return 2 * each; }
+        __device__ std::uint64_t none() const { return (std::uint64_t{1} << bits) - 1; }  // no code is that
+    };
+    /// The first `count` of `codes`.
+    __device__ static code_list of(const int (&codes)[row_results::words], int count, const layout& l) {
+        code_list list{};
+#pragma unroll
+        for (int i = 0; i < row_results::words; ++i) {
+            const std::uint64_t code = i < count ? static_cast<std::uint64_t>(codes[i]) : l.none();
+            if (i < l.each)
+                list.half[0] |= code << i * l.bits;
+            else if (i < l.most())
+                list.half[1] |= code << (i - l.each) * l.bits;
+        }
+        return list;
+    }
+    /// Code `i` below l.most(), or -1 behind the last.
+    __device__ int code(int i, const layout& l) const {
+        const std::uint64_t code = (i < l.each ? half[0] >> i * l.bits : half[1] >> (i - l.each) * l.bits) & l.none();
+        return code == l.none() ? -1 : static_cast<int>(code);
+    }
+};
+
+/// What decides an open row.
+union alignas(16) open_words {
+    code_list codes;  // listed from the front
+    int words[4];     // listed from the back, as row_results says; negative behind the last
+};
+
 /// The rows that a search leaves open, listed by each finishing warp, in those places of the lists that are the indices
-/// of the rows it sees: from the front rows whose words are single codes, from the back others.
+/// of the rows it sees: from the front rows with a list of codes, from the back others.
 struct open_rows {
     int* rows = nullptr;                  // [N rounded up to 64] their numbers among those that the warp sees
-    int4* words = nullptr;                // [N rounded up to 64] their words, negative behind the last
+    open_words* words = nullptr;          // [N rounded up to 64]
     int2* counts = nullptr;               // [finishing warps] how many from the front, and from the back
     struct shared_row* shared = nullptr;  // [most_shared_rows], if a codebook has `shared_parts`
 };
@@ -158,16 +198,17 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
     if (share >= sharers) return;
     const rows_seen seen{{a.x.rows, blocks, segment / finishing_warps}, segment % finishing_warps};
     const int count = open.counts[segment].x;
+    const code_list::layout layout(a.codebook.rows);
     for (int first = share * rows; first < count; first += sharers * rows) {
         const int number = first + lane / Lanes;
         const std::int64_t place = seen.row(min(number, count - 1));
-        const int4 word = open.words[place];
+        const code_list list = open.words[place].codes;
         const std::int64_t row = seen.row(open.rows[place]);
         const X* x = a.x.row(row);
         device::exact_choice choice;
 #pragma unroll 1
-        for (int i = 0; i < 2; ++i) {  // two codes at a time
-            const int k[2] = {i == 0 ? word.x : word.z, i == 0 ? word.y : word.w};
+        for (int i = 0; i < layout.most(); i += 2) {  // two codes at a time
+            const int k[2] = {list.code(i, layout), list.code(i + 1, layout)};
             if (k[0] < 0) break;
             const C* const codes[2] = {a.codebook.row(k[0]), a.codebook.row(k[1] < 0 ? k[0] : k[1])};
             double distances[2];
@@ -219,7 +260,7 @@ __device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_t
         const std::int64_t place = seen.row(seen.count() - 1 - static_cast<int>(number - starts[low]));
         const std::int64_t row = seen.row(open.rows[place]);
         device::exact_choice choice;
-        consider_words(choice, &open.words[place].x, row_results::words, a.x.row(row), a.codebook, a.x.columns,
+        consider_words(choice, open.words[place].words, 4, a.x.row(row), a.codebook, a.x.columns,
                        static_cast<int>(threadIdx.x) / 8, settle_threads / 8, part, parts);
         merge_block(choice, distances, codes);
         __syncthreads();
