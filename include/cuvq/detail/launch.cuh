@@ -109,6 +109,12 @@ void launch_dependent(void (*kernel)(Parameters...), unsigned blocks, unsigned t
     CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 }
 
+/// Lets a kernel have so much dynamic shared memory.
+template <class... Parameters>
+void allow_shared_bytes(void (*kernel)(Parameters...), int bytes) {
+    CUVQ_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 /// How many clusters of so many blocks the device holds at once. Clusters of up to 8 any Hopper card takes; of larger
 /// ones this must be asked first.
 template <class... Parameters>

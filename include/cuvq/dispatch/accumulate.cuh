@@ -102,13 +102,19 @@ template <class Block>
 void sort_pass(const kernel::row_source& source, const kernel::digit_pass& pass, std::uint32_t chunks,
                const accumulate_scratch& m, kernel::coded_row* to, std::uint32_t* placed, bool clears,
                const vector_ref<float>& counts, const matrix_ref<float>& sums, bool depends, cudaStream_t stream) {
-    detail::launch_next(depends, kernel::count_digits<Block>, chunks, Block::threads, stream,
-                        Block::count_bytes(pass.bins), source, pass, m.histogram, clears, counts, sums);
+    constexpr std::int64_t cleared = 1 << 13, most = 256;  // sums that are worth a block, and blocks
+    const std::uint32_t clearing = clears ? detail::blocks_for(sums.rows * sums.columns, cleared, most) : 0;
+    detail::launch_next(depends, kernel::count_digits<Block>, std::max(chunks, clearing), Block::threads, stream,
+                        Block::count_bytes(pass.bins), source, pass, m.histogram, chunks, clears, counts, sums);
     using scan = kernel::scan_tile;
     detail::launch_next(depends, kernel::scan_histograms<scan>, (pass.bins + scan::bins - 1) / scan::bins,
                         scan::bins * scan::warps, stream, 0, m.histogram, chunks, pass.bins, m.totals);
-    detail::launch_next(depends, kernel::place_rows<Block>, chunks, Block::threads, stream,
-                        Block::place_bytes(pass.bins), source, pass, m.histogram, m.totals, to, placed);
+    const bool gathers = std::min<std::int64_t>(pass.chunk, Block::most_tile) >= 2 * std::int64_t{pass.bins};
+    const std::size_t place_bytes = Block::place_bytes(pass.bins, gathers);
+    const auto place = kernel::place_rows<Block>;
+    detail::allow_shared_bytes(place, static_cast<int>(place_bytes));
+    detail::launch_next(depends, place, chunks, Block::threads, stream, place_bytes, source, pass, m.histogram,
+                        m.totals, to, placed, gathers);
 }
 
 inline kernel::row_source rows_of(const const_codes_ref& codes, const vector_ref<const float>& weights,

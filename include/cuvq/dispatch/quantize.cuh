@@ -164,11 +164,6 @@ bool fits_shared(void (*kernel)(Parameters...), int bytes, int device) {
     return bytes + static_cast<std::int64_t>(attributes.sharedSizeBytes) <= most;
 }
 
-template <class... Parameters>
-void allow_shared_bytes(void (*kernel)(Parameters...), int bytes) {
-    CUVQ_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-}
-
 /// Few rows: one launch, in clusters of as many blocks as there are processors for.
 template <class Tile, class X, class C>
 std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
@@ -180,7 +175,7 @@ std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const ke
     while (2 * cluster <= kernel::few_blocks && cluster < tiles &&
            groups * 2 * cluster <= few_room(2 * cluster, processors))
         cluster *= 2;
-    allow_shared_bytes(search, kernel::few_shared<Tile>::allocated);
+    detail::allow_shared_bytes(search, kernel::few_shared<Tile>::allocated);
     if (cluster > 8 && detail::clusters_at_once(search, kernel::few_threads, kernel::few_shared<Tile>::allocated,
                                                 static_cast<unsigned>(cluster)) < groups)
         cluster = 8;
@@ -199,7 +194,7 @@ std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const k
     using shared = kernel::sm90_shared<Tile>;
     const auto search = kernel::quantize_sm90<Tile, X, C>;
     const std::int64_t blocks = std::min<std::int64_t>({processors, groups, most_blocks});
-    allow_shared_bytes(search, shared::allocated);
+    detail::allow_shared_bytes(search, shared::allocated);
     detail::launch_dependent(search, static_cast<unsigned>(blocks), static_cast<unsigned>(shared::threads), stream,
                              shared::allocated, 1, args, scratch.image, tally, scratch.open, skip_tiles, exact,
                              kernel::tag_mask);

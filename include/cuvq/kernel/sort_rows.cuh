@@ -145,8 +145,13 @@ struct sort_block {
     static constexpr int most_bins = Threads == 512 ? 1024 : 2048;
     static constexpr int most_tile = Threads * rows_per_lane;
     static std::size_t count_bytes(std::uint32_t bins) { return bins * sizeof(std::uint32_t); }
-    static std::size_t place_bytes(std::uint32_t bins) {
-        return (bins + std::size_t{warps} * ((bins + 1) / 2)) * sizeof(std::uint32_t);
+    /// Where in the shared memory of `place_rows` the rows of a tile are gathered.
+    CUVQ_HOST_DEVICE static constexpr std::uint32_t gathered_at(std::uint32_t bins) {
+        const std::uint32_t words = bins + (warps + 1) * ((bins + 1) / 2);
+        return (words + words % 2) * static_cast<std::uint32_t>(sizeof(std::uint32_t));
+    }
+    static std::size_t place_bytes(std::uint32_t bins, bool gathers) {
+        return gathered_at(bins) + (gathers ? most_tile * sizeof(coded_row) : 0);
     }
 };
 
@@ -177,11 +182,13 @@ __device__ inline void clear_sums(const vector_ref<float>& counts, const matrix_
     }
 }
 
-/// histogram[blockIdx.x][bins]: the digits of this block's chunk. On the way sets counts and sums to zero, if `clear`.
+/// histogram[chunks][bins]: the digits of each chunk, a block's. On the way sets counts and sums to zero, if `clear`,
+/// with which any blocks beyond the chunks help.
 template <class Block>
 __global__ __launch_bounds__(Block::threads) void count_digits(row_source source, digit_pass pass,
-                                                               std::uint32_t* histogram, bool clear,
-                                                               vector_ref<float> counts, matrix_ref<float> sums) {
+                                                               std::uint32_t* histogram, std::uint32_t chunks,
+                                                               bool clear, vector_ref<float> counts,
+                                                               matrix_ref<float> sums) {
     extern __shared__ std::uint32_t shared_bins[];
     arch::wait_for_predecessor();
     arch::let_successor_start();
@@ -196,6 +203,7 @@ __global__ __launch_bounds__(Block::threads) void count_digits(row_source source
         clear_sums(counts, sums, std::int64_t{blockIdx.x} * Block::warps + threadIdx.x / 32,
                    std::int64_t{gridDim.x} * Block::warps);
     __syncthreads();
+    if (blockIdx.x >= chunks) return;
     for (std::uint32_t b = threadIdx.x; b < pass.bins; b += Block::threads)
         histogram[std::int64_t{blockIdx.x} * pass.bins + b] = shared_bins[b];
 }
@@ -251,15 +259,17 @@ __global__ __launch_bounds__(Tile::bins* Tile::warps) void scan_histograms(std::
 }
 
 /// Writes the rows of this block's chunk where they belong, and their number to `placed`. Within a tile, warps count
-/// their digits, the counts are summed up over the warps, and each warp numbers its rows in order from there.
+/// their digits, the counts are summed up over the warps, and each warp numbers its rows in order from there. `gathers`:
+/// a tile has several rows for each bin, and sorts them in shared memory first, since scattered writes are slow.
 template <class Block>
 __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, digit_pass pass,
                                                              const std::uint32_t* histogram,
                                                              const std::uint32_t* totals, coded_row* to,
-                                                             std::uint32_t* placed) {
+                                                             std::uint32_t* placed, bool gathers) {
     constexpr int words_per_thread = (Block::most_bins / 2 + Block::threads - 1) / Block::threads;
     constexpr int bins_per_thread = Block::most_bins / Block::threads;
-    extern __shared__ std::uint32_t shared_start[];  // [bins] where the next row of a bin goes
+    extern __shared__ uint2 shared_memory[];
+    auto* shared_start = reinterpret_cast<std::uint32_t*>(shared_memory);  // [bins] where the next row of a bin goes
     using scan = cub::BlockScan<std::uint32_t, Block::threads, cub::BLOCK_SCAN_WARP_SCANS>;
     __shared__ typename scan::TempStorage shared_scan;
     arch::wait_for_predecessor();
@@ -268,6 +278,10 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
     const std::uint32_t words = (pass.bins + 1) / 2;
     std::uint32_t* shared_words = shared_start + pass.bins;  // [warps][words]: two bins a word
     auto* own_bins = reinterpret_cast<std::uint16_t*>(shared_words + warp * words);
+    std::uint32_t* shared_first = shared_words + Block::warps * words;  // [words] of the tile's rows by bin
+    auto* firsts = reinterpret_cast<std::uint16_t*>(shared_first);
+    // [most_tile] the tile's rows by bin
+    auto* gathered = reinterpret_cast<coded_row*>(shared_start + Block::gathered_at(pass.bins) / sizeof(*shared_start));
 
     {  // starts of the bins
         const std::uint32_t first = threadIdx.x * bins_per_thread;
@@ -302,9 +316,10 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
         for (int i = 0; i < Block::rows_per_lane; ++i) peers[i] = __match_any_sync(0xFFFFFFFFu, digit[i]);
         __syncthreads();
         std::uint32_t tile_bins[words_per_thread];  // two bins a word: the rows of the tile
+        const std::uint32_t first_word = threadIdx.x * words_per_thread;
 #pragma unroll
         for (int i = 0; i < words_per_thread; ++i) {
-            const std::uint32_t w = threadIdx.x + i * Block::threads;
+            const std::uint32_t w = first_word + i;
             std::uint32_t before = 0;
             if (w < words) {
                 for (int other = 0; other < Block::warps; ++other) {
@@ -315,6 +330,19 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
             }
             tile_bins[i] = before;
         }
+        std::uint32_t tile_rows = 0;
+        if (gathers) {
+            std::uint32_t sum = 0, first;
+#pragma unroll
+            for (int i = 0; i < words_per_thread; ++i) sum += (tile_bins[i] & 0xFFFFu) + (tile_bins[i] >> 16);
+            scan(shared_scan).ExclusiveSum(sum, first, tile_rows);
+#pragma unroll
+            for (int i = 0; i < words_per_thread; ++i) {
+                const std::uint32_t second = first + (tile_bins[i] & 0xFFFFu);
+                if (first_word + i < words) shared_first[first_word + i] = second << 16 | first;
+                first = second + (tile_bins[i] >> 16);
+            }
+        }
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < Block::rows_per_lane; ++i) {
@@ -323,16 +351,27 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
             std::uint32_t before = 0;
             if (valid) {
                 before = own_bins[digit[i]];
-                to[shared_start[digit[i]] + before + rank] = rows[i];
+                if (gathers)
+                    gathered[firsts[digit[i]] + before + rank] = rows[i];
+                else
+                    to[shared_start[digit[i]] + before + rank] = rows[i];
             }
             __syncwarp();
             if (valid && rank == 0) own_bins[digit[i]] = static_cast<std::uint16_t>(before + __popc(peers[i]));
             __syncwarp();
         }
         __syncthreads();
+        if (gathers) {
+            for (std::uint32_t i = threadIdx.x; i < tile_rows; i += Block::threads) {
+                const coded_row row = gathered[i];
+                const std::uint32_t bin = pass.digit(row.code);
+                to[shared_start[bin] + i - firsts[bin]] = row;
+            }
+            __syncthreads();
+        }
 #pragma unroll
         for (int i = 0; i < words_per_thread; ++i) {
-            const std::uint32_t w = threadIdx.x + i * Block::threads;
+            const std::uint32_t w = first_word + i;
             if (w >= words) continue;
             shared_start[2 * w] += tile_bins[i] & 0xFFFFu;
             if (2 * w + 1 < pass.bins) shared_start[2 * w + 1] += tile_bins[i] >> 16;
