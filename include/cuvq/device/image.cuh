@@ -43,12 +43,11 @@ struct operand_columns {
 /// `operand_columns` on, n in three halves (so that a row of x extended by three ones has the score X.C + n), then
 /// zeros. Rows of non-finite codes and beyond K hold zeros and n = -60000.
 struct image_ref {
-    const float* centre = nullptr;  ///< [D] aligned to 16 bytes
-    const float* scale = nullptr;   ///< [1] power of two
-    const score_bounds* bounds =
-        nullptr;                 ///< [tiles * image_tile / image_part] Inf or NaN where a code did not fit fp16
-    const char* rows = nullptr;  ///< [tiles] operands of image_tile rows in `layout`, aligned to 16 bytes
-    arch::slab_layout layout{};  ///< of at least D + 3 columns
+    const float* centre = nullptr;         ///< [D] aligned to 16 bytes
+    const float* scale = nullptr;          ///< [1] power of two
+    const score_bounds* bounds = nullptr;  ///< [parts(K)] Inf or NaN where a code did not fit fp16
+    const char* rows = nullptr;            ///< [tiles(K)] operands in `layout`, aligned to 16 bytes
+    arch::slab_layout layout{};            ///< of at least D + 3 columns
 
     CUVQ_HOST_DEVICE static constexpr std::int64_t tiles(std::int64_t codes) { return (codes - 1) / image_tile + 1; }
     CUVQ_HOST_DEVICE static constexpr std::int64_t parts(std::int64_t codes) {

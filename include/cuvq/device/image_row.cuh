@@ -45,6 +45,16 @@ __device__ inline int image_row_bits(double length, double residual, const image
     return __float_as_int(static_cast<float>(bound * up)) & 0x7FFFFFFF;
 }
 
+/// Adds up each of three values over the lanes of a warp.
+__device__ inline void sum_over_warp(double& a, double& b, double& c) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        a += __shfl_xor_sync(0xFFFFFFFFu, a, step);
+        b += __shfl_xor_sync(0xFFFFFFFFu, b, step);
+        c += __shfl_xor_sync(0xFFFFFFFFu, c, step);
+    }
+}
+
 /// As `write_image_row`, for rows of two halves: a lane for each column.
 template <class C>
 __device__ int write_twofold_image_row(char* tile, const arch::slab_layout& layout, int r, const C* row,
@@ -60,12 +70,7 @@ __device__ int write_twofold_image_row(char* tile, const arch::slab_layout& layo
     const bool counts = lane < place.data;
     double norm = counts ? v * v : 0, length = counts ? kept * kept : 0,
            residual = counts ? (v - kept) * (v - kept) : 0;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        norm += __shfl_xor_sync(0xFFFFFFFFu, norm, step);
-        length += __shfl_xor_sync(0xFFFFFFFFu, length, step);
-        residual += __shfl_xor_sync(0xFFFFFFFFu, residual, step);
-    }
+    sum_over_warp(norm, length, residual);
     const bool finite = __all_sync(0xFFFFFFFFu, isfinite(c)) && row != nullptr;
     const image_offset n(frame.shift, norm, finite);
     __half half = __float2half_rn(0.0f);
@@ -135,15 +140,10 @@ __device__ int write_image_row(char* tile, const arch::slab_layout& layout, int 
             for (int e = 0; e < 8; ++e) last[e] = half[e];
         }
     }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        norm += __shfl_xor_sync(0xFFFFFFFFu, norm, step);
-        length += __shfl_xor_sync(0xFFFFFFFFu, length, step);
-        residual += __shfl_xor_sync(0xFFFFFFFFu, residual, step);
-    }
+    sum_over_warp(norm, length, residual);
     finite = __all_sync(0xFFFFFFFFu, finite);
     const image_offset n(frame.shift, norm, finite);
-// What follows the data; of a code that is not finite, everything.
+    // What follows the data; of a code that is not finite, everything.
 #pragma unroll 1
     for (int chunk = lane; chunk < chunks; chunk += 32) {
         if (finite && chunk < whole) continue;

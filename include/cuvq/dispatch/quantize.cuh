@@ -138,8 +138,10 @@ void prepare(const matrix_ref<const C>& codebook, const kernel::codebook_image& 
         constexpr unsigned threads = 512;
         narrow = true;
         const auto write = kernel::prepare<threads, decltype(tile)::steps, C>;
-        detail::launch_next(detail::is_for_hopper(write), write,
-                            static_cast<unsigned>(device::image_ref::parts(codebook.rows)), threads, stream, 0,
+        const std::int64_t parts = device::image_ref::parts(codebook.rows);
+        const std::int64_t blocks =
+            std::max((parts - 1) / kernel::most_block_parts + 1, std::min<std::int64_t>(parts, prepare_blocks));
+        detail::launch_next(detail::is_for_hopper(write), write, static_cast<unsigned>(blocks), threads, stream, 0,
                             codebook, image, trail);
     });
     if constexpr (D > sm90_d269::dimensions)

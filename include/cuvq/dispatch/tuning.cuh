@@ -55,6 +55,10 @@ constexpr int few_room(long long cluster, int processors) {
 /// From this many tiles of codes on, a quarter of one is looked at closely only if its largest scores could still win.
 inline constexpr int skip_tiles = 24;
 
+/// Blocks that make the image of a codebook, if they suffice. Each begins with work that does not depend on its share
+/// of the codes, so there are as many as find room at once on a large card.
+inline constexpr int prepare_blocks = 264;
+
 /// `device/nearest_mma.cuh`: a block finds the nearest codes of `rows` rows (64 or 128), `codes` codes (128 or 256) and
 /// 64 columns at a time, with `stages` such slabs of the codebook's image in its shared memory. The rows' fp16 stays
 /// there as a whole, or if `streamed`, is made again for every `codes` codes. The library's own kernel has registers

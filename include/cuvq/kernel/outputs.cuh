@@ -229,9 +229,11 @@ __global__ __launch_bounds__(outputs_threads) void write_outputs(const __grid_co
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t warp = (std::int64_t{blockIdx.x} * outputs_threads + threadIdx.x) / 32;
     const int rows = a.x.columns <= 16 ? 32 : 8;  // of a warp at a time: several lanes share a wide one
+    const std::int64_t groups = (a.x.rows - 1) / rows + 1, warps = std::int64_t{gridDim.x} * (outputs_threads / 32);
     double loss = 0;
-    for (std::int64_t first = warp * rows; first < a.x.rows;
-         first += std::int64_t{gridDim.x} * (outputs_threads / 32) * rows) {
+    // Backwards: the search has read the last rows last, so they may still be in the cache.
+    for (std::int64_t group = groups - 1 - warp; group >= 0; group -= warps) {
+        const std::int64_t first = group * rows;
         const int count = static_cast<int>(min(a.x.rows - first, std::int64_t{rows}));
         std::int64_t code = lane < count ? a.codes.load(first + lane) : -1;
         if (code >= a.codebook.rows) code = -1;  // an unsigned type's mark of a row without a code

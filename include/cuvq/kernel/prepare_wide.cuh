@@ -33,15 +33,11 @@ __global__ __launch_bounds__(Threads) void prepare_centre(matrix_ref<const C> co
     }
 }
 
-/// Each block one part of a tile.
+/// At most most_block_parts parts of a tile a block.
 template <int Threads, class C>
 __global__ __launch_bounds__(Threads) void prepare_rows(matrix_ref<const C> codebook, codebook_image image,
                                                         arch::slab_layout layout, image_trail trail) {
-    __shared__ int bounds[4];
-    if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
-    __syncthreads();
-    write_image_part<Threads>(codebook, image, layout, {image.centre, image.scale[0], image.scale[1]}, trail,
-                              blockIdx.x, bounds);
+    write_image_parts<Threads>(codebook, image, layout, {image.centre, image.scale[0], image.scale[1]}, trail);
 }
 
 }  // namespace cuvq::kernel

@@ -259,8 +259,9 @@ __global__ __launch_bounds__(Tile::bins* Tile::warps) void scan_histograms(std::
 }
 
 /// Writes the rows of this block's chunk where they belong, and their number to `placed`. Within a tile, warps count
-/// their digits, the counts are summed up over the warps, and each warp numbers its rows in order from there. `gathers`:
-/// a tile has several rows for each bin, and sorts them in shared memory first, since scattered writes are slow.
+/// their digits, the counts are summed up over the warps, and each warp numbers its rows in order from there.
+/// `gathers`: a tile has several rows for each bin, and sorts them in shared memory first, since scattered writes are
+/// slow.
 template <class Block>
 __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, digit_pass pass,
                                                              const std::uint32_t* histogram,
