@@ -320,6 +320,14 @@ TEST_F(AccumulateTest, EveryRowOnOneCode) {
         expect_sums(random.normals<float>(100000, d), codes_t(100000, 3), 1000, random_weights(random, 100000));
 }
 
+TEST_F(AccumulateTest, SomeTilesOfRowsForEachBlockThatSorts) {
+    random_source random;
+    constexpr std::int64_t n = 1500000;  // two tiles, the second not full
+    for (const std::int64_t k : {600, 1023})
+        expect_sums(random.normals<float>(n, 1), random_codes(random, n, -3, k), k);
+    expect_sums(random.normals<float>(n, 1), codes_t(n, 598), 600);
+}
+
 TEST_F(AccumulateTest, NumbersOfCodesAroundTheBinsOfASortingPass) {
     random_source random;
     for (const std::int64_t k : {1023, 1024, 1025, 2047, 2048, 2049, 65535, 65536, 65537, (1 << 22) + 1})
