@@ -323,7 +323,7 @@ TEST_F(AccumulateTest, EveryRowOnOneCode) {
 TEST_F(AccumulateTest, SomeTilesOfRowsForEachBlockThatSorts) {
     random_source random;
     constexpr std::int64_t n = 1500000;  // two tiles, the second not full
-    for (const std::int64_t k : {600, 1023})
+    for (const std::int64_t k : {600, 1023, 1500, 1 << 16})
         expect_sums(random.normals<float>(n, 1), random_codes(random, n, -3, k), k);
     expect_sums(random.normals<float>(n, 1), codes_t(n, 598), 600);
 }

@@ -351,14 +351,14 @@ TEST_F(QuantizeTest, AThousandCodes) {
 /// The more bits a code has, the fewer candidates an open row can list.
 TEST_F(QuantizeTest, EqualCodesOfMoreBits) {
     random_source random;
-    for (const std::int64_t k : {65535, 65536, 65537, (1 << 21) + 1}) {
+    for (const std::int64_t k : {65535, 65536, 65537, 1 << 21, (1 << 21) + 1}) {
         constexpr std::int64_t d = 8;
         auto codebook = random.normals<float>(k, d);
         auto x = random.normals<float>(70, d);
         for (std::int64_t i = 0; i < x.rows; ++i)
-            for (std::int64_t copy = 0; copy < i % 9; ++copy)  // the highest codes are among them
+            for (std::int64_t copy = 0; copy < i % 9; ++copy)  // one of them is the last code
                 for (std::int64_t c = 0; c < d; ++c)
-                    codebook(k - 1 - (i + 71 * copy) * 83, c) = x.at(i, c) + (c == 0 ? 1e-3f : 0.0f);
+                    codebook(k - 1 - (i - 1 + 71 * copy) * 83, c) = x.at(i, c) + (c == 0 ? 1e-3f : 0.0f);
         expect_exact(x, codebook);
     }
 }

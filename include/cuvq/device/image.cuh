@@ -46,7 +46,7 @@ struct image_ref {
     const float* centre = nullptr;         ///< [D] aligned to 16 bytes
     const float* scale = nullptr;          ///< [1] power of two
     const score_bounds* bounds = nullptr;  ///< [parts(K)] Inf or NaN where a code did not fit fp16
-    const char* rows = nullptr;            ///< [tiles(K)] operands in `layout`, aligned to 16 bytes
+    const char* rows = nullptr;            ///< [tiles(K)] operands of image_tile rows in `layout`, aligned to 16
     arch::slab_layout layout{};            ///< of at least D + 3 columns
 
     CUVQ_HOST_DEVICE static constexpr std::int64_t tiles(std::int64_t codes) { return (codes - 1) / image_tile + 1; }

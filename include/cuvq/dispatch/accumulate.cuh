@@ -109,10 +109,12 @@ void sort_pass(const kernel::row_source& source, const kernel::digit_pass& pass,
     using scan = kernel::scan_tile;
     detail::launch_next(depends, kernel::scan_histograms<scan>, (pass.bins + scan::bins - 1) / scan::bins,
                         scan::bins * scan::warps, stream, 0, m.histogram, chunks, pass.bins, m.totals);
-    const bool gathers = std::min<std::int64_t>(pass.chunk, Block::most_tile) >= 2 * std::int64_t{pass.bins};
-    const std::size_t place_bytes = Block::place_bytes(pass.bins, gathers);
     const auto place = kernel::place_rows<Block>;
-    detail::allow_shared_bytes(place, static_cast<int>(place_bytes));
+    const bool gathers = Block::may_gather && depends &&
+                         std::min<std::int64_t>(pass.chunk, Block::most_tile) >= 2 * std::int64_t{pass.bins};
+    // What is allowed holds for all threads of the host: it must not depend on the call.
+    if (gathers) detail::allow_shared_bytes(place, static_cast<int>(Block::place_bytes(Block::most_bins, true)));
+    const std::size_t place_bytes = Block::place_bytes(pass.bins, gathers);
     detail::launch_next(depends, place, chunks, Block::threads, stream, place_bytes, source, pass, m.histogram,
                         m.totals, to, placed, gathers);
 }

@@ -63,6 +63,12 @@ void with_sm90_tile(std::int64_t dimensions, Use use) {
     }
 }
 
+// Most shared memory of a block on Hopper: a tile that takes more would leave its D to slower searches.
+static_assert(kernel::sm90_shared<sm90_d13>::allocated <= 227 * 1024 &&
+              kernel::sm90_shared<sm90_d77>::allocated <= 227 * 1024 &&
+              kernel::sm90_shared<sm90_d141>::allocated <= 227 * 1024 &&
+              kernel::sm90_shared<sm90_d269>::allocated <= 227 * 1024);
+
 /// Most blocks of a tensor-core search.
 inline constexpr std::int64_t most_blocks = kernel::most_segments / kernel::finishing_warps;
 

@@ -59,7 +59,8 @@ mma_fit fit_mma(std::int64_t dimensions) {
     const std::int64_t bytes =
         device::nearest_storage<Tile>::bytes(dimensions) + device::mma_shape<Tile>::alignment - 128;
     if (bytes + static_cast<std::int64_t>(attributes.sharedSizeBytes) > most_bytes) return {};
-    CUVQ_CHECK_CUDA(cudaFuncSetAttribute(search, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    // All that it may have: what is allowed holds for all threads of the host, and must not depend on the call.
+    detail::allow_shared_bytes(search, most_bytes - static_cast<int>(attributes.sharedSizeBytes));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     CUVQ_CHECK_CUDA(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, search, Tile::threads, static_cast<std::size_t>(bytes)));

@@ -33,7 +33,7 @@ __global__ __launch_bounds__(Threads) void prepare_centre(matrix_ref<const C> co
     }
 }
 
-/// At most most_block_parts parts of a tile a block.
+/// As many blocks as the image has parts.
 template <int Threads, class C>
 __global__ __launch_bounds__(Threads) void prepare_rows(matrix_ref<const C> codebook, codebook_image image,
                                                         arch::slab_layout layout, image_trail trail) {

@@ -249,8 +249,11 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
                         entry.codes = code_list::of(words, count, layout);
                     } else {
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) entry.words[i] = i < count ? words[i] : -1;
-                        if (count > 4) entry.words[0] = row_results::everything;
+                        for (int i = 0; i < open_words::most; ++i) entry.words[i] = i < count ? words[i] : -1;
+                        if (count > open_words::most) {
+                            entry.words[0] = row_results::everything;
+                            entry.words[1] = -1;
+                        }
                     }
                     open.rows[place] = number;
                     open.words[place] = entry;

@@ -1,6 +1,6 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// Rows that the filter left open: float64 decides between the codes that their words name.
+// Rows that the filter left open: float64 decides between their candidates.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,8 @@ struct rows_seen {
     }
 };
 
-/// Some codes in 16 bytes, each in as few bits as the codebook allows: eight of up to 2^16 - 1, six of up to 2^21 - 1.
+/// Some codes in 16 bytes, each in as few bits as the codebook allows: eight of a codebook of up to 2^16 - 1, six of up
+/// to 2^21 - 1, four of a larger one.
 struct code_list {
     std::uint64_t half[2];
 
@@ -83,8 +84,10 @@ struct code_list {
 
 /// What decides an open row.
 union alignas(16) open_words {
+    static constexpr int most = 4;
+
     code_list codes;  // listed from the front
-    int words[4];     // listed from the back, as row_results says; negative behind the last
+    int words[most];  // listed from the back, as row_results says; negative behind the last
 };
 
 /// The rows that a search leaves open, listed by each finishing warp, in those places of the lists that are the indices
@@ -260,7 +263,7 @@ __device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_t
         const std::int64_t place = seen.row(seen.count() - 1 - static_cast<int>(number - starts[low]));
         const std::int64_t row = seen.row(open.rows[place]);
         device::exact_choice choice;
-        consider_words(choice, open.words[place].words, 4, a.x.row(row), a.codebook, a.x.columns,
+        consider_words(choice, open.words[place].words, open_words::most, a.x.row(row), a.codebook, a.x.columns,
                        static_cast<int>(threadIdx.x) / 8, settle_threads / 8, part, parts);
         merge_block(choice, distances, codes);
         __syncthreads();

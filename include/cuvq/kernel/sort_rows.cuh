@@ -136,7 +136,7 @@ struct digit_pass {
 };
 
 /// Threads of a block that sorts, by its bins: the fewer the bins, the more warps fit their histograms into shared
-/// memory. A warp takes at most `rows_per_warp` rows at a time, whose number in a bin fits 16 bits.
+/// memory. A tile has at most `most_tile` rows, whose number in a bin fits 16 bits.
 template <int Threads>
 struct sort_block {
     static constexpr int threads = Threads;
@@ -144,14 +144,16 @@ struct sort_block {
     static constexpr int rows_per_lane = 8;
     static constexpr int most_bins = Threads == 512 ? 1024 : 2048;
     static constexpr int most_tile = Threads * rows_per_lane;
+    static constexpr bool may_gather = most_bins == 2 * threads;  // a thread counts two bins of a tile, see place_rows
     static std::size_t count_bytes(std::uint32_t bins) { return bins * sizeof(std::uint32_t); }
     /// Where in the shared memory of `place_rows` the rows of a tile are gathered.
     CUVQ_HOST_DEVICE static constexpr std::uint32_t gathered_at(std::uint32_t bins) {
         const std::uint32_t words = bins + (warps + 1) * ((bins + 1) / 2);
         return (words + words % 2) * static_cast<std::uint32_t>(sizeof(std::uint32_t));
     }
-    static std::size_t place_bytes(std::uint32_t bins, bool gathers) {
-        return gathered_at(bins) + (gathers ? most_tile * sizeof(coded_row) : 0);
+    static constexpr std::size_t place_bytes(std::uint32_t bins, bool gathers) {
+        return gathers ? gathered_at(bins) + most_tile * sizeof(coded_row)
+                       : (bins + warps * ((bins + 1) / 2)) * sizeof(std::uint32_t);
     }
 };
 
@@ -269,6 +271,7 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
                                                              std::uint32_t* placed, bool gathers) {
     constexpr int words_per_thread = (Block::most_bins / 2 + Block::threads - 1) / Block::threads;
     constexpr int bins_per_thread = Block::most_bins / Block::threads;
+    constexpr bool may_gather = Block::may_gather;
     extern __shared__ uint2 shared_memory[];
     auto* shared_start = reinterpret_cast<std::uint32_t*>(shared_memory);  // [bins] where the next row of a bin goes
     using scan = cub::BlockScan<std::uint32_t, Block::threads, cub::BLOCK_SCAN_WARP_SCANS>;
@@ -317,10 +320,9 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
         for (int i = 0; i < Block::rows_per_lane; ++i) peers[i] = __match_any_sync(0xFFFFFFFFu, digit[i]);
         __syncthreads();
         std::uint32_t tile_bins[words_per_thread];  // two bins a word: the rows of the tile
-        const std::uint32_t first_word = threadIdx.x * words_per_thread;
 #pragma unroll
         for (int i = 0; i < words_per_thread; ++i) {
-            const std::uint32_t w = first_word + i;
+            const std::uint32_t w = threadIdx.x + i * Block::threads;
             std::uint32_t before = 0;
             if (w < words) {
                 for (int other = 0; other < Block::warps; ++other) {
@@ -332,17 +334,10 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
             tile_bins[i] = before;
         }
         std::uint32_t tile_rows = 0;
-        if (gathers) {
-            std::uint32_t sum = 0, first;
-#pragma unroll
-            for (int i = 0; i < words_per_thread; ++i) sum += (tile_bins[i] & 0xFFFFu) + (tile_bins[i] >> 16);
-            scan(shared_scan).ExclusiveSum(sum, first, tile_rows);
-#pragma unroll
-            for (int i = 0; i < words_per_thread; ++i) {
-                const std::uint32_t second = first + (tile_bins[i] & 0xFFFFu);
-                if (first_word + i < words) shared_first[first_word + i] = second << 16 | first;
-                first = second + (tile_bins[i] >> 16);
-            }
+        if (may_gather && gathers) {
+            std::uint32_t first;
+            scan(shared_scan).ExclusiveSum((tile_bins[0] & 0xFFFFu) + (tile_bins[0] >> 16), first, tile_rows);
+            if (threadIdx.x < words) shared_first[threadIdx.x] = (first + (tile_bins[0] & 0xFFFFu)) << 16 | first;
         }
         __syncthreads();
 #pragma unroll
@@ -352,7 +347,7 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
             std::uint32_t before = 0;
             if (valid) {
                 before = own_bins[digit[i]];
-                if (gathers)
+                if (may_gather && gathers)
                     gathered[firsts[digit[i]] + before + rank] = rows[i];
                 else
                     to[shared_start[digit[i]] + before + rank] = rows[i];
@@ -362,7 +357,7 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
             __syncwarp();
         }
         __syncthreads();
-        if (gathers) {
+        if (may_gather && gathers) {
             for (std::uint32_t i = threadIdx.x; i < tile_rows; i += Block::threads) {
                 const coded_row row = gathered[i];
                 const std::uint32_t bin = pass.digit(row.code);
@@ -372,7 +367,7 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
         }
 #pragma unroll
         for (int i = 0; i < words_per_thread; ++i) {
-            const std::uint32_t w = first_word + i;
+            const std::uint32_t w = threadIdx.x + i * Block::threads;
             if (w >= words) continue;
             shared_start[2 * w] += tile_bins[i] & 0xFFFFu;
             if (2 * w + 1 < pass.bins) shared_start[2 * w + 1] += tile_bins[i] >> 16;
