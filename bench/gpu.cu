@@ -120,7 +120,8 @@ void add(fixture& s, row r, Body body) {
 
 void add_ceilings(fixture& s) {
     add(s, {"ceiling", "copy", "", {}, ""}, [&s](benchmark::State& state, const row& r) {
-        const buffer<float> from(std::int64_t{1} << 28), to(from.size());
+        // Far larger than L2, but no longer: above some hundred MB copies become slower again.
+        const buffer<float> from(std::int64_t{1} << 26), to(from.size());
         fill_x<<<loop_blocks, loop_threads>>>(from.data(), data_kind::normal, from.size(), cuvq::shape{1, 1, 1});
         CUVQ_CHECK_CUDA(cudaDeviceSynchronize());
         const auto m = s.watch.time(1, nothing, [&](int) {

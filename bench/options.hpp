@@ -46,7 +46,8 @@ inline const char* help_text() {
 usage: cuvq_bench [flags] [Google Benchmark's flags]
 
 What is timed
-  --shapes=SET[,SET]   named: seed, models, large, scaling (default: seed)
+  --shapes=SET[,SET]   named: seed, models, large, scaling (default: seed);
+                       their sizes: add --benchmark_list_tests
   --shape=N,K,D        N vectors, K codes, D dimensions; may be given several
                        times, with or without --shapes
   --cases=CASE[,CASE]  quantize, accumulate, ema_update, train_step

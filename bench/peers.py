@@ -19,9 +19,11 @@ scaling charts show are timed.
 """
 
 import argparse
+import hashlib
 import importlib
 import importlib.metadata
 import math
+import pathlib
 import signal
 import statistics
 import sys
@@ -406,11 +408,11 @@ def planned(peers, shapes, scaling_only):
                 rows.append((peer, shape, distribution))
 
     def lateness(row):
-        """What charts alone want, what takes seconds to tune, and then what takes seconds to run, comes last, so that a
+        """What takes seconds to tune, then what charts alone want, and what takes seconds to run, comes last, so that a
         budget costs the dear rows first; what tunes shape by shape, so that it costs no peer all of its rows."""
         peer, shape, _ = row
         dear, for_charts = peer.grows and math.prod(shape) > DEAR, peer.grows and shape in scaling_only
-        return dear, peer.tunes, shapes.index(shape) if peer.tunes else 0, for_charts
+        return dear, for_charts, peer.tunes, shapes.index(shape) if peer.tunes else 0
 
     return sorted(rows, key=lateness)
 
@@ -583,6 +585,12 @@ def main(arguments):
                 context[name] = getattr(module(name), "__version__", None) or importlib.metadata.version(name)
             except (Skip, importlib.metadata.PackageNotFoundError):
                 pass
+        try:  # has no version
+            sources = (module(f"rectokens.ops.{name}").__file__ for name in ("nn_quantize", "ema_update"))
+            digest = hashlib.sha256(b"".join(pathlib.Path(file).read_bytes() for file in sources))
+            context["rectokens"] = f"nn_quantize.py and ema_update.py of SHA-256 {digest.hexdigest()[:12]}"
+        except (Skip, OSError, TypeError):
+            pass
         with torch.no_grad():
             code = run(torch, options, save)
     return code

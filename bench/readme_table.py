@@ -36,6 +36,14 @@ PYTORCH = (
     (("torch_cdist",), "cdist + argmin, FP32"),
     (("vector_quantize_pytorch",), "vector-quantize-pytorch ²"),
 )
+HALVES = (  # type, who, variant, title
+    ("half", "cuvq", "prepared", "**cuvq** half, codebook prepared"),
+    ("half", "cuvq", "codes", "**cuvq** half"),
+    ("half", "cublas_fp16_argmin", "codes", "cuBLAS + argmin half"),
+    ("bfloat16", "cuvq", "prepared", "**cuvq** bfloat16, codebook prepared"),
+    ("bfloat16", "cuvq", "codes", "**cuvq** bfloat16"),
+    ("bfloat16", "cublas_bf16_argmin", "codes", "cuBLAS + argmin bfloat16"),
+)
 UPDATE = (
     ("cuvq", "**cuvq**"),
     ("rectokens", "RecTokens"),
@@ -82,8 +90,8 @@ CHARTS = (
 
 # How far medians, and with them ratios, are to be trusted.
 NOISE = ("Rows of one run are timed one after another while the card's clocks move with its power and temperature, so "
-         "long rows (hundreds of µs) of the same work can differ by up to about 10 %: ratios nearer to 1 than that "
-         "decide nothing.")
+         "long rows (hundreds of µs) of the same work can differ by up to about 15 %, even with and without a prepared "
+         "codebook: ratios nearer to 1 than that decide nothing.")
 
 
 def number(us):
@@ -226,6 +234,18 @@ def train_table(rows, sets):
     return table("N, K, D", [title for *_, title in TRAIN], lines) if lines else ""
 
 
+def halves_table(rows, sets):
+    """Vectors and codebook of two bytes an element."""
+    lines = []
+    for text, shape in shown(rows, sets):
+        found = [rows.get("quantize", who, shape, type_, variant) for type_, who, variant, _ in HALVES]
+        if any(row and row.us for row, (_, who, *_) in zip(found, HALVES) if who != "cuvq"):
+            cells = [cell(row.us if row else None, row) for row in found]
+            lines.append((text, [f"**{c}**" if who == "cuvq" and c != "–" else c
+                                 for c, (_, who, *_) in zip(cells, HALVES)]))
+    return table("N, K, D", [title for *_, title in HALVES], lines) if lines else ""
+
+
 def own_table(rows, sets, columns):
     lines = []
     for text, shape in shown(rows, sets):
@@ -248,7 +268,7 @@ def pytorch_forms(rows):
     measured = [name for who, name in ways if any(row.us and row.who.startswith(who) for row in rows.rows)]
     if len(measured) == 1:
         return f"¹ {measured[0]}; the run had no time for other ways."
-    return f"¹ The fastest of {', '.join(measured)}, of those that the run had time for at that shape."
+    return f"¹ The fastest of {', '.join(measured)}, of those that were timed at that shape."
 
 
 def block(rows, directory, readme):
@@ -264,6 +284,8 @@ def block(rows, directory, readme):
     pytorch = quantize_table(rows, ("seed", "large", "models"), PYTORCH)
     parts += folded("PyTorch, each way by itself",
                     "² The whole layer, host time included.\n" if "²" in pytorch else "", pytorch)
+    parts += folded("Half and bfloat16 vectors and codebook, beside others",
+                    halves_table(rows, ("seed", "large", "models")))
     update = update_table(rows)
     if update:
         parts += ["`ema_update`, float32, given codes. ¹ Counts and sums only, no update.\n", update]

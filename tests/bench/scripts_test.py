@@ -256,6 +256,14 @@ class PeersTest(WithResults):
         dear = [who == "rectokens" for _, who in rows]
         self.assertEqual(dear, sorted(dear))
 
+    def test_what_charts_alone_want_of_the_dear_comes_after_all_named_shapes(self):
+        options = peers.parse(["--shapes=seed,large,models,scaling"])
+        late = [shape in options.scaling_only
+                for p, shape, _ in peers.planned(options.peers, options.shapes, options.scaling_only)
+                if p.who == "rectokens" and math.prod(shape) <= peers.DEAR]
+        self.assertEqual(late, sorted(late))
+        self.assertEqual(set(late), {False, True})
+
     def test_what_tunes_goes_shape_by_shape(self):
         options = peers.parse(["--shapes=seed,models"])
         tuned = [(options.shapes.index(shape), p.test) for p, shape, _ in
@@ -272,9 +280,10 @@ class PeersTest(WithResults):
 
     def test_every_peer_that_the_table_and_charts_show_exists(self):
         in_the_binary = {"cuvq", "cublas_tf32_argmin", "cublas_fp32_argmin", "cublas_fp16_product", "cub_sort_reduce",
-                         "cublas_one_hot", "read_x"}
+                         "cublas_one_hot", "read_x", "cublas_fp16_argmin", "cublas_bf16_argmin"}
         known = {p.who for p in peers.PEERS} | in_the_binary
         shown = {who.split("/")[0] for names, _ in readme_table.QUANTIZE + readme_table.PYTORCH for who in names}
+        shown |= {who for _, who, *_ in readme_table.HALVES}
         self.assertLessEqual(shown | {who for who, *_ in readme_table.UPDATE + readme_table.TRAIN}, known)
 
 
