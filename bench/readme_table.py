@@ -36,14 +36,6 @@ PYTORCH = (
     (("torch_cdist",), "cdist + argmin, FP32"),
     (("vector_quantize_pytorch",), "vector-quantize-pytorch ²"),
 )
-HALVES = (  # type, who, variant, title
-    ("half", "cuvq", "prepared", "**cuvq** half, codebook prepared"),
-    ("half", "cuvq", "codes", "**cuvq** half"),
-    ("half", "cublas_fp16_argmin", "codes", "cuBLAS + argmin half"),
-    ("bfloat16", "cuvq", "prepared", "**cuvq** bfloat16, codebook prepared"),
-    ("bfloat16", "cuvq", "codes", "**cuvq** bfloat16"),
-    ("bfloat16", "cublas_bf16_argmin", "codes", "cuBLAS + argmin bfloat16"),
-)
 UPDATE = (
     ("cuvq", "**cuvq**"),
     ("rectokens", "RecTokens"),
@@ -55,9 +47,6 @@ UPDATE = (
 )
 UPDATE_RATIOS = ("read_x", "torch_index_add", "flash_kmeans", "rectokens")
 SUMS = ("torch_index_add", "flash_kmeans", "cub_sort_reduce", "cublas_one_hot")
-TRAIN = (("cuvq", "", "**cuvq**"), ("cuvq", "prepared", "**cuvq**, state with a prepared codebook"),
-         ("rectokens", "", "RecTokens"),
-         ("vector_quantize_pytorch", "", "vector-quantize-pytorch, host time included"))
 UPDATE_ROWS = (
     ((4096, 512, 64), "uniform"),
     ((65536, 1024, 128), "uniform"),
@@ -65,18 +54,32 @@ UPDATE_ROWS = (
     ((1048576, 1024, 128), "zipf"),
     ((1048576, 1024, 128), "one"),
 )
-# Rows of cuvq alone: title, and test, type and variant of the row.
-OWN = (
-    ("`quantize`", "quantize", "float", "codes"),
-    ("… with quantized, distances", "quantize", "float", "all"),
-    ("… half", "quantize", "half", "codes"),
-    ("… bfloat16", "quantize", "bfloat16", "codes"),
-    ("… hard data", "quantize", "float", "codes/hard"),
-    ("`ema_update`", "ema_update", "float", "uniform"),
-    ("`train_step`", "train_step", "float", ""),
-    ("… prepared", "train_step", "float", "prepared"),
+# Columns of single rows: title, and test, who, type and variant of the row.
+HALVES = (
+    ("**cuvq** half, codebook prepared", "quantize", "cuvq", "half", "prepared"),
+    ("**cuvq** half", "quantize", "cuvq", "half", "codes"),
+    ("cuBLAS + argmin half", "quantize", "cublas_fp16_argmin", "half", "codes"),
+    ("**cuvq** bfloat16, codebook prepared", "quantize", "cuvq", "bfloat16", "prepared"),
+    ("**cuvq** bfloat16", "quantize", "cuvq", "bfloat16", "codes"),
+    ("cuBLAS + argmin bfloat16", "quantize", "cublas_bf16_argmin", "bfloat16", "codes"),
 )
-OWN_UPDATE = tuple((f"{type_} {codes}", "ema_update", type_, codes)
+TRAIN = (
+    ("**cuvq**", "train_step", "cuvq", "float", ""),
+    ("**cuvq**, state with a prepared codebook", "train_step", "cuvq", "float", "prepared"),
+    ("RecTokens", "train_step", "rectokens", "float", ""),
+    ("vector-quantize-pytorch, host time included", "train_step", "vector_quantize_pytorch", "float", ""),
+)
+OWN = (
+    ("`quantize`", "quantize", "cuvq", "float", "codes"),
+    ("… with quantized, distances", "quantize", "cuvq", "float", "all"),
+    ("… half", "quantize", "cuvq", "half", "codes"),
+    ("… bfloat16", "quantize", "cuvq", "bfloat16", "codes"),
+    ("… hard data", "quantize", "cuvq", "float", "codes/hard"),
+    ("`ema_update`", "ema_update", "cuvq", "float", "uniform"),
+    ("`train_step`", "train_step", "cuvq", "float", ""),
+    ("… prepared", "train_step", "cuvq", "float", "prepared"),
+)
+OWN_UPDATE = tuple((f"{type_} {codes}", "ema_update", "cuvq", type_, codes)
                    for type_ in ("float", "half", "bfloat16") for codes in ("uniform", "zipf", "one"))
 CHARTS = (
     ("speedup_seed.svg", "Time of others divided by cuvq's, small shapes"),
@@ -105,6 +108,11 @@ def cell(us, row=None):
     elif row and row.spoiled:
         text += " (wrong)"
     return text
+
+
+def emphasized(text, title):
+    """A cell of a column whose title is emphasized is so, too."""
+    return f"**{text}**" if title.startswith("**") and text != "–" else text
 
 
 def table(first, columns, lines):
@@ -137,8 +145,7 @@ def quantize_table(rows, sets, columns):
     for text, shape in shown(rows, sets):
         found = [fastest(rows, names, shape) for names, _ in columns]
         cells = [cell(row.us, row) if row else "–" for row in found]
-        lines.append((text, [f"**{c}**" if title.startswith("**") and c != "–" else c
-                             for c, (_, title) in zip(cells, columns)]))
+        lines.append((text, [emphasized(c, title) for c, (_, title) in zip(cells, columns)]))
     return table("N, K, D", [title for _, title in columns], lines) if lines else ""
 
 
@@ -224,34 +231,15 @@ def sums_table(rows, sets):
     return table("N, K, D", columns, lines) if lines else ""
 
 
-def train_table(rows, sets):
+def row_table(rows, sets, columns):
+    """Columns of single rows. Where others stand beside cuvq, only shapes at which one of them was timed."""
+    judges = [i for i, (_, _, who, *_) in enumerate(columns) if who != "cuvq"] or range(len(columns))
     lines = []
     for text, shape in shown(rows, sets):
-        found = [rows.get("train_step", who, shape, "float", variant) for who, variant, _ in TRAIN]
-        if found[0] and found[0].us and any(row and row.us for row in found[1:]):
+        found = [rows.get(test, who, shape, type_, variant) for _, test, who, type_, variant in columns]
+        if any(found[i] and found[i].us for i in judges):
             cells = [cell(row.us if row else None, row) for row in found]
-            lines.append((text, [f"**{cells[0]}**", *cells[1:]]))
-    return table("N, K, D", [title for *_, title in TRAIN], lines) if lines else ""
-
-
-def halves_table(rows, sets):
-    """Vectors and codebook of two bytes an element."""
-    lines = []
-    for text, shape in shown(rows, sets):
-        found = [rows.get("quantize", who, shape, type_, variant) for type_, who, variant, _ in HALVES]
-        if any(row and row.us for row, (_, who, *_) in zip(found, HALVES) if who != "cuvq"):
-            cells = [cell(row.us if row else None, row) for row in found]
-            lines.append((text, [f"**{c}**" if who == "cuvq" and c != "–" else c
-                                 for c, (_, who, *_) in zip(cells, HALVES)]))
-    return table("N, K, D", [title for *_, title in HALVES], lines) if lines else ""
-
-
-def own_table(rows, sets, columns):
-    lines = []
-    for text, shape in shown(rows, sets):
-        found = [rows.get(test, "cuvq", shape, type_, variant) for _, test, type_, variant in columns]
-        if any(row and row.us for row in found):
-            lines.append((text, [cell(row.us if row else None, row) for row in found]))
+            lines.append((text, [emphasized(c, title) for c, (title, *_) in zip(cells, columns)]))
     return table("N, K, D", [title for title, *_ in columns], lines) if lines else ""
 
 
@@ -285,19 +273,19 @@ def block(rows, directory, readme):
     parts += folded("PyTorch, each way by itself",
                     "² The whole layer, host time included.\n" if "²" in pytorch else "", pytorch)
     parts += folded("Half and bfloat16 vectors and codebook, beside others",
-                    halves_table(rows, ("seed", "large", "models")))
+                    row_table(rows, ("seed", "large", "models"), HALVES))
     update = update_table(rows)
     if update:
         parts += ["`ema_update`, float32, given codes. ¹ Counts and sums only, no update.\n", update]
     parts += folded("Counts and sums, float32, uniform codes, beside others",
                     sums_table(rows, ("seed", "large", "models")))
-    parts += folded("`train_step`, float32, beside others", train_table(rows, ("seed", "large", "models")))
-    own = own_table(rows, ("seed", "large"), OWN)
+    parts += folded("`train_step`, float32, beside others", row_table(rows, ("seed", "large", "models"), TRAIN))
+    own = row_table(rows, ("seed", "large"), OWN)
     if own:
         parts += ["cuvq alone: float32 vectors and codes only, except where said.\n", own]
-    parts += folded("cuvq alone: shapes of models", own_table(rows, ("models",), OWN))
+    parts += folded("cuvq alone: shapes of models", row_table(rows, ("models",), OWN))
     parts += folded("cuvq alone: `ema_update` by type of the vectors and by codes",
-                    own_table(rows, ("seed", "large", "models"), OWN_UPDATE))
+                    row_table(rows, ("seed", "large", "models"), OWN_UPDATE))
     parts += folded("cuvq's times divided by others, and by each other", ratios_of(rows), ratio_table(rows))
     if len(parts) == 1:  # rows of the CPU path at most
         return NO_RUN

@@ -146,14 +146,9 @@ class Results:
                 if row.key not in rows or rows[row.key].us is None:
                     rows[row.key] = row
         rows.update(fastest_peers(files))
-        # What peers.py times does not depend on cuvq, so it may be of an earlier run.
-        commits, self.peer_commits = (
-            {content["context"]["commit"] for path, content in files.items()
-             if "commit" in content["context"] and path.name.startswith("peers") == of_peers}
-            for of_peers in (False, True))
+        commits = {c["commit"] for c in self.contexts if "commit" in c}
         if len(commits) > 1:
             sys.exit(f"{directory} holds runs of several commits ({', '.join(sorted(commits))}): keep one")
-        self.commit = next(iter(commits), None)
         self.rows = list(rows.values())
         # Of cuvq's quantize, what stands beside peers: with a codebook prepared beforehand, as theirs are, where that
         # was timed.
@@ -183,16 +178,12 @@ class Results:
         context = {}
         for c in self.contexts:
             context.update(c)
-        if self.commit:
-            context["commit"] = self.commit
         parts = [context.get("device", "unknown device")]
         for key, text in (("driver", "driver"), ("cuda_runtime", "CUDA"), ("torch", "PyTorch"), ("commit", "commit")):
             if context.get(key):
                 parts.append(f"{text} {context[key]}")
         if context.get("date"):
             parts.append(context["date"][:10])
-        for commit in sorted(self.peer_commits - {context.get("commit")}):
-            parts.append(f"peers in Python beside commit {commit}")
         return ", ".join(parts)
 
 

@@ -114,13 +114,6 @@ class ResultsTest(WithResults):
         results.write(self.directory / "b.json", {"commit": "2"}, [])
         self.assertIn("several commits (1, 2)", self.silently(results.Results, self.directory)[0])
 
-    def test_peers_may_be_of_an_earlier_commit(self):
-        results.write(self.directory / "a.json", {"commit": "1"}, [])
-        results.write(self.directory / "peers.json", {"commit": "2"}, [])
-        text = results.Results(self.directory).run_text()
-        self.assertIn("commit 1", text)
-        self.assertIn("peers in Python beside commit 2", text)
-
     def test_ratios(self):
         results.add_ratios(self.directory)
         by_name = {e["name"]: e for e in json.loads((self.directory / "cuvq_float.json").read_text())["benchmarks"]}
@@ -202,7 +195,7 @@ class ReadmeTest(WithResults):
         rows = [row(f"train_step/cuvq/float/{SHAPE}", 133.0, wrong=0),
                 row(f"train_step/rectokens/float/{SHAPE}", 5000.0)]
         results.write(self.directory / "train.json", {}, rows)
-        table = readme_table.train_table(results.Results(self.directory), ("large",))
+        table = readme_table.row_table(results.Results(self.directory), ("large",), readme_table.TRAIN)
         self.assertIn("| N, K, D | **cuvq** | RecTokens |", table)
         self.assertIn("| 65536, 1024, 128 | **133** | 5,000 |", table)
 
@@ -283,8 +276,8 @@ class PeersTest(WithResults):
                          "cublas_one_hot", "read_x", "cublas_fp16_argmin", "cublas_bf16_argmin"}
         known = {p.who for p in peers.PEERS} | in_the_binary
         shown = {who.split("/")[0] for names, _ in readme_table.QUANTIZE + readme_table.PYTORCH for who in names}
-        shown |= {who for _, who, *_ in readme_table.HALVES}
-        self.assertLessEqual(shown | {who for who, *_ in readme_table.UPDATE + readme_table.TRAIN}, known)
+        shown |= {who for _, _, who, *_ in readme_table.HALVES + readme_table.TRAIN + readme_table.OWN}
+        self.assertLessEqual(shown | {who for who, _ in readme_table.UPDATE}, known)
 
 
 class PlotTest(WithResults):
