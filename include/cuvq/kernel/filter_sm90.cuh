@@ -13,16 +13,49 @@
 
 namespace cuvq::kernel {
 
+/// What an open row is settled from, in 16 bytes: words of 16 bits, or of a codebook of many tiles, of 32. A word is a
+/// code, or one of those below.
+struct alignas(16) open_words {
+    static constexpr int most_short_tiles = 511;
+    static constexpr int none = -1;        // behind the last
+    static constexpr int everything = -2;  // the whole codebook
+    static constexpr int column = -16;     // column + q: all codes that thread q of 4 scored
+
+    int bits[4];
+
+    __device__ static int most(int tiles) { return tiles <= most_short_tiles ? 8 : 4; }
+    __device__ void put(int i, int word, int tiles) {
+        if (tiles <= most_short_tiles)
+            reinterpret_cast<std::uint16_t*>(bits)[i] = static_cast<std::uint16_t>(word);
+        else
+            bits[i] = word;
+    }
+    __device__ int word(int i, int tiles) const {
+        if (tiles > most_short_tiles) return bits[i];
+        const int word = bits[i / 2] >> i % 2 * 16 & 0xFFFF;
+        return word < 0x10000 + column ? word : word - 0x10000;
+    }
+    /// The first `count` words alone.
+    __device__ open_words cut(int count, int tiles) const {
+        open_words cut;
+        const int each = tiles <= most_short_tiles ? 2 : 1;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int left = count - i * each;
+            cut.bits[i] = left <= 0 ? none : left < each ? bits[i] | static_cast<int>(0xFFFF0000u) : bits[i];
+        }
+        return cut;
+    }
+};
+
 /// What the filter leaves of one warpgroup's 64 rows.
 struct row_results {
-    static constexpr int rows = 64, words = 8;
-    // A word is a code, or
-    static constexpr int column = 1 << 29;         // column | q: all codes that thread q of 4 scored
-    static constexpr int everything = 0x7FFFFFFF;  // the whole codebook
+    static constexpr int rows = 64;
     static constexpr std::int64_t most_codes = 1 << 29;
+    static constexpr int wide = 16;  // of a row's number of words: not all of them are codes
 
-    int code[rows];                     // the code, or -1 - n: open, to be settled from n words
-    alignas(16) int word[rows][words];  // candidates of an open row
+    int code[rows];         // the code, or -1 - n: open, to be settled from n words
+    open_words word[rows];  // of an open row
 };
 
 /// Clears the bits of a score that its tag takes: its place among the 32 that a thread holds of a row and tile.
@@ -141,10 +174,10 @@ __device__ void offer_scores(Part part, const float (&score)[64], int tile, int 
     lead1.offer(top1, runner1, tile);
 }
 
-/// Turns what the four threads of two rows saw, row and row + 8, into codes, or into words for `settle_rows`. All
+/// Turns what the four threads of two rows saw, row0 and row0 + 8, into codes, or into words for `settle_rows`. All
 /// four call it; the rows go side by side, since one alone would mostly wait for shuffles.
 __device__ inline void conclude(const leaders& lead0, const leaders& lead1, float error0, float error1, bool exact,
-                                row_results& results, int row) {
+                                int tiles, row_results& results, int row0) {
     const int q = static_cast<int>(threadIdx.x) % 4;
     const auto code_of = [&](int tagged_score, int tile) {
         const int at = place_of(tagged_score);
@@ -159,12 +192,12 @@ __device__ inline void conclude(const leaders& lead0, const leaders& lead1, floa
             code = min(code, __shfl_xor_sync(0xFFFFFFFFu, code, 2));
             const bool ordered = top > 0 && error == error;  // integers order positive scores only
             if (q == 0) {
-                results.code[row] = ordered ? code : -2;
-                if (!ordered) results.word[row][0] = row_results::everything;
+                results.code[row] = ordered ? code : -1 - row_results::wide - 1;
+                if (!ordered) results.word[row].put(0, open_words::everything, tiles);
             }
         };
-        put(lead0, best0, error0, row);
-        put(lead1, best1, error1, row + 8);
+        put(lead0, best0, error0, row0);
+        put(lead1, best1, error1, row0 + 8);
         return;
     }
     constexpr int lost = 1 << 16;  // above all counts of words
@@ -186,25 +219,31 @@ __device__ inline void conclude(const leaders& lead0, const leaders& lead1, floa
             return;
         }
         const int count = total & (lost - 1);
-        const bool fits = limit > 0 && count <= row_results::words;
-        if (q == 0) results.code[row] = fits ? -1 - count : -2;
+        const bool fits = limit > 0 && count <= open_words::most(tiles);
+        if (q == 0)
+            results.code[row] =
+                fits ? -1 - (total < lost ? count : row_results::wide + count) : -1 - row_results::wide - 1;
+        open_words& to = results.word[row];
         if (!fits) {
-            if (q == 0) results.word[row][0] = row_results::everything;
+            if (q == 0) to.put(0, open_words::everything, tiles);
             return;
         }
-        int* word = results.word[row] + (q & 1 ? next & (lost - 1) : 0) + (q & 2 ? far & (lost - 1) : 0);
+        int at = (q & 1 ? next & (lost - 1) : 0) + (q & 2 ? far & (lost - 1) : 0);
         if (words > lost) {
-            *word = row_results::column | q;
+            to.put(at, open_words::column + q, tiles);
             return;
         }
-        if (mine.best >= least) *word++ = code_of(mine.best, mine.best_tile);
-        if (mine.best_runner >= least) *word++ = code_of(mine.best_runner, mine.best_tile);
-        if (mine.next >= least) *word++ = code_of(mine.next, mine.next_tile);
-        if (mine.next_runner >= least) *word++ = code_of(mine.next_runner, mine.next_tile);
-        if (mine.third >= least) *word++ = code_of(mine.third, mine.third_tile);
+        const auto add = [&](int score, int tile) {
+            if (score >= least) to.put(at++, code_of(score, tile), tiles);
+        };
+        add(mine.best, mine.best_tile);
+        add(mine.best_runner, mine.best_tile);
+        add(mine.next, mine.next_tile);
+        add(mine.next_runner, mine.next_tile);
+        add(mine.third, mine.third_tile);
     };
-    put(lead0, limit0, least0, words0, next0, far0, row);
-    put(lead1, limit1, least1, words1, next1, far1, row + 8);
+    put(lead0, limit0, least0, words0, next0, far0, row0);
+    put(lead1, limit1, least1, words1, next1, far1, row0 + 8);
 }
 
 #endif  // CUVQ_HAS_WGMMA

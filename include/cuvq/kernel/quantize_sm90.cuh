@@ -218,7 +218,7 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
     constexpr int buffers = sm90_shared<Tile>::result_buffers;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const rows_seen seen{span, part};
-    const code_list::layout layout(a.codebook.rows);
+    const int tiles = static_cast<int>((a.codebook.rows - 1) / image_tile + 1);
     int front = 0, back = seen.count();  // of its list, what is free
     for (int turn = part, number = lane; span.has(turn); turn += finishing_warps) {
         const unsigned put = static_cast<unsigned>(turn) % buffers;
@@ -230,33 +230,17 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
             const int code = row < a.x.rows ? result.code[start + lane] : 0;
             const unsigned left_open = __ballot_sync(0xFFFFFFFFu, code < 0);
             if (left_open != 0) {
-                int words[row_results::words];
-#pragma unroll
-                for (int i = 0; i < row_results::words; i += 4)
-                    *reinterpret_cast<int4*>(words + i) = *reinterpret_cast<const int4*>(result.word[start + lane] + i);
                 const int count = -1 - code;  // of an open row
-                int largest = 0;
-#pragma unroll
-                for (int i = 0; i < row_results::words; ++i) largest = i < count ? max(largest, words[i]) : largest;
-                const bool wide = code < 0 && (largest >= row_results::column || count > layout.most());
+                const bool wide = code < 0 && count > row_results::wide;
+                open_words words;
+                *reinterpret_cast<int4*>(words.bits) = *reinterpret_cast<const int4*>(result.word[start + lane].bits);
                 const unsigned all_wide = __ballot_sync(0xFFFFFFFFu, wide), below = (1u << lane) - 1;
                 back -= __popc(all_wide);
                 if (code < 0) {
                     const std::int64_t place = seen.row(wide ? back + __popc(all_wide & below)
                                                              : front + __popc(left_open & ~all_wide & below));
-                    open_words entry;
-                    if (!wide) {
-                        entry.codes = code_list::of(words, count, layout);
-                    } else {
-#pragma unroll
-                        for (int i = 0; i < open_words::most; ++i) entry.words[i] = i < count ? words[i] : -1;
-                        if (count > open_words::most) {
-                            entry.words[0] = row_results::everything;
-                            entry.words[1] = -1;
-                        }
-                    }
                     open.rows[place] = number;
-                    open.words[place] = entry;
+                    open.words[place] = words.cut(count % row_results::wide, tiles);
                 }
                 front += __popc(left_open & ~all_wide);
             }
@@ -373,7 +357,7 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
         }
         arrive_each(barriers.rows_empty + at);
         wait(barriers.results_empty + put, (turn / shared::result_buffers & 1) ^ 1);
-        conclude(lead0, lead1, error0, error1, exact, results[put], row0);
+        conclude(lead0, lead1, error0, error1, exact, tiles, results[put], row0);
         arrive_each(barriers.results_full + put);
     }
 }

@@ -343,11 +343,11 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     if (any_wide) {
         __shared__ double distances[few_warps];
         __shared__ std::int64_t found[few_warps];
-        const int everything = row_results::everything;
+        const open_words everything{{open_words::everything, open_words::none, open_words::none, open_words::none}};
         for (int r = 0; r < count; ++r) {
             if (codes[r] != code_aside) continue;
             device::exact_choice choice;
-            consider_words(choice, &everything, 1, a.x.row(first + start + r), a.codebook, a.x.columns,
+            consider_words(choice, everything, a.x.row(first + start + r), a.codebook, a.x.columns,
                            static_cast<int>(threadIdx.x) / 8, few_threads / 8);
             merge_block(choice, distances, found);
             if (threadIdx.x == 0) codes[r] = choice.code;

@@ -47,51 +47,8 @@ struct rows_seen {
     }
 };
 
-/// Some codes in 16 bytes, each in as few bits as the codebook allows: eight of a codebook of up to 2^16 - 1, six of up
-/// to 2^21 - 1, four of a larger one.
-struct code_list {
-    std::uint64_t half[2];
-
-    /// How codes below K lie in a half.
-    struct layout {
-        int bits, each;
-
-        __device__ explicit layout(std::int64_t codes) : bits(codes < 1 << 16 ? 16 : codes < 1 << 21 ? 21 : 32) {
-            each = 64 / bits;
-        }
-        __device__ int most() const { return 2 * each; }
-        __device__ std::uint64_t none() const { return (std::uint64_t{1} << bits) - 1; }  // no code is that
-    };
-    /// The first `count` of `codes`.
-    __device__ static code_list of(const int (&codes)[row_results::words], int count, const layout& l) {
-        code_list list{};
-#pragma unroll
-        for (int i = 0; i < row_results::words; ++i) {
-            const std::uint64_t code = i < count ? static_cast<std::uint64_t>(codes[i]) : l.none();
-            if (i < l.each)
-                list.half[0] |= code << i * l.bits;
-            else if (i < l.most())
-                list.half[1] |= code << (i - l.each) * l.bits;
-        }
-        return list;
-    }
-    /// Code `i` below l.most(), or -1 behind the last.
-    __device__ int code(int i, const layout& l) const {
-        const std::uint64_t code = (i < l.each ? half[0] >> i * l.bits : half[1] >> (i - l.each) * l.bits) & l.none();
-        return code == l.none() ? -1 : static_cast<int>(code);
-    }
-};
-
-/// What decides an open row.
-union alignas(16) open_words {
-    static constexpr int most = 4;
-
-    code_list codes;  // listed from the front
-    int words[most];  // listed from the back, as row_results says; negative behind the last
-};
-
 /// The rows that a search leaves open, listed by each finishing warp, in those places of the lists that are the indices
-/// of the rows it sees: from the front rows with a list of codes, from the back others.
+/// of the rows it sees: from the front rows whose words are all codes, from the back others.
 struct open_rows {
     int* rows = nullptr;                  // [N rounded up to 64] their numbers among those that the warp sees
     open_words* words = nullptr;          // [N rounded up to 64]
@@ -123,34 +80,35 @@ inline constexpr int most_segments = 1024;                     // finishing warp
 /// Rows of up to so many columns are measured by a thread each: eight lanes would have too little to share.
 inline constexpr std::int64_t alone_columns = 32;
 
-/// Considers the codes that the words of an open row name, up to `count` or a negative one: those that group `group` of
-/// `groups` groups of eight lanes is to take, and of what a word names without a list, part `part` of `parts`. Each
-/// lane has its own choice then. False if a word says everything and the row is not finite, so that it has no code.
-/// Whole warps call it.
+/// Considers the codes that the words of an open row name: those that group `group` of `groups` groups of eight lanes
+/// is to take, and of what a word names without a list, part `part` of `parts`. Each lane has its own choice then.
+/// False if a word says everything and the row is not finite, so that it has no code. Whole warps call it.
 template <class X, class C>
-__device__ bool consider_words(device::exact_choice& choice, const int* words, int count, const X* row,
+__device__ bool consider_words(device::exact_choice& choice, const open_words& words, const X* row,
                                const matrix_ref<const C>& codebook, std::int64_t columns, int group, int groups,
                                int part = 0, int parts = 1) {
     constexpr int held = image_tile / 4;  // codes of a tile that a thread holds
+    const int code_tiles = static_cast<int>((codebook.rows - 1) / image_tile + 1);
     int turn = 0;
-    for (int i = 0; i < count && words[i] >= 0; ++i) {
-        const int word = words[i];
-        if (word < row_results::column) {
+    for (int i = 0; i < open_words::most(code_tiles); ++i) {
+        const int word = words.word(i, code_tiles);
+        if (word == open_words::none) break;
+        if (word >= 0) {
             if (turn++ % groups == group && part == 0)
                 choice.consider(device::exact_distance(row, codebook.row(word), columns), word);
             continue;
         }
-        const bool everything = word == row_results::everything;
+        const bool everything = word == open_words::everything;
         if (everything && !device::is_row_finite(row, columns)) return false;
-        const std::int64_t tiles = (codebook.rows - 1) / image_tile + 1;
-        const std::int64_t all = everything ? codebook.rows : tiles * held;
+        const std::int64_t all = everything ? codebook.rows : std::int64_t{code_tiles} * held;
         const std::int64_t each = (all - 1) / parts + 1, first = part * each;
         const std::int64_t mine = min(each, all - first);
         const auto code_at = [&](std::int64_t at) {
             at += first;
             if (everything) return at;
             const int place = static_cast<int>(at % held);
-            const std::int64_t k = at / held * image_tile + (place >> 1) * 8 + 2 * (word & 3) + (place & 1);
+            const std::int64_t k =
+                at / held * image_tile + (place >> 1) * 8 + 2 * (word - open_words::column) + (place & 1);
             return min(k, codebook.rows - 1);  // beyond K: another look at the last code
         };
         if (columns <= alone_columns) {
@@ -200,18 +158,29 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
     const int segment = warp % segments, share = warp / segments;
     if (share >= sharers) return;
     const rows_seen seen{{a.x.rows, blocks, segment / finishing_warps}, segment % finishing_warps};
+    const int tiles = static_cast<int>((a.codebook.rows - 1) / image_tile + 1), places = seen.count();
+    if (places == 0) return;
+    // Rows and words are read before it is known whether they are listed, lest loads wait for each other.
+    int first = share * rows, next_own;
+    open_words next_words;
+    const auto load = [&](int number) {
+        const std::int64_t place = seen.row(min(number, places - 1));
+        next_own = open.rows[place];
+        next_words = open.words[place];
+    };
+    load(first + lane / Lanes);
     const int count = open.counts[segment].x;
-    const code_list::layout layout(a.codebook.rows);
-    for (int first = share * rows; first < count; first += sharers * rows) {
-        const int number = first + lane / Lanes;
-        const std::int64_t place = seen.row(min(number, count - 1));
-        const code_list list = open.words[place].codes;
-        const std::int64_t row = seen.row(open.rows[place]);
+    for (; first < count; first += sharers * rows) {
+        const bool listed = first + lane / Lanes < count;
+        const std::int64_t row = listed ? seen.row(next_own) : 0;
+        open_words words = next_words;
+        if (!listed) words.bits[0] = open_words::none;
+        load(first + sharers * rows + lane / Lanes);
         const X* x = a.x.row(row);
         device::exact_choice choice;
 #pragma unroll 1
-        for (int i = 0; i < layout.most(); i += 2) {  // two codes at a time
-            const int k[2] = {list.code(i, layout), list.code(i + 1, layout)};
+        for (int i = 0; i < open_words::most(tiles); i += 2) {  // two codes at a time
+            const int k[2] = {words.word(i, tiles), words.word(i + 1, tiles)};
             if (k[0] < 0) break;
             const C* const codes[2] = {a.codebook.row(k[0]), a.codebook.row(k[1] < 0 ? k[0] : k[1])};
             double distances[2];
@@ -224,7 +193,7 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
             choice.consider(distances[0], k[0]);
             if (k[1] >= 0) choice.consider(distances[1], k[1]);
         }
-        if (lane % Lanes == 0 && number < count) write_code(a, tally, row, choice.code);
+        if (lane % Lanes == 0 && listed) write_code(a, tally, row, choice.code);
     }
 }
 
@@ -263,7 +232,7 @@ __device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_t
         const std::int64_t place = seen.row(seen.count() - 1 - static_cast<int>(number - starts[low]));
         const std::int64_t row = seen.row(open.rows[place]);
         device::exact_choice choice;
-        consider_words(choice, open.words[place].words, open_words::most, a.x.row(row), a.codebook, a.x.columns,
+        consider_words(choice, open.words[place], a.x.row(row), a.codebook, a.x.columns,
                        static_cast<int>(threadIdx.x) / 8, settle_threads / 8, part, parts);
         merge_block(choice, distances, codes);
         __syncthreads();
