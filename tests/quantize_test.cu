@@ -2,6 +2,7 @@
 #include <cuvq/quantize.cuh>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -348,10 +349,10 @@ TEST_F(QuantizeTest, AThousandCodes) {
         expect_exact(random.normals<float>(777, d), random.normals<float>(1000, d));
 }
 
-/// The more bits a code has, the fewer candidates an open row can list.
+/// The more bits a code has, the fewer candidates an open row can list: from 512 tiles on.
 TEST_F(QuantizeTest, EqualCodesOfMoreBits) {
     random_source random;
-    for (const std::int64_t k : {65535, 65536, 65537, 1 << 21, (1 << 21) + 1}) {
+    for (const std::int64_t k : {65408, 65409, 65536, 65537, 1 << 21}) {
         constexpr std::int64_t d = 8;
         auto codebook = random.normals<float>(k, d);
         auto x = random.normals<float>(70, d);
@@ -410,7 +411,7 @@ TEST_F(QuantizeSmall, SomeCopiesOfARowAnywhereInTheCodebook) {
     random_source random;
     // x lies near a row that has copies, and near-copies, in few or many tiles of codes.
     for (const std::int64_t k : {100, 700, 1500})
-        for (const int copies : {2, 3, 4, 5, 8, 9, 20, 90}) {
+        for (const int copies : {2, 3, 4, 5, 8, 9, 20, 32, 33, 90}) {
             auto codebook = random.normals<float>(k, 6);
             const auto row = random.normals<float>(1, 6);
             for (int copy = 0; copy < copies; ++copy) {
@@ -457,6 +458,20 @@ TEST_F(QuantizeSmall, RowsNearSeveralEqualCodes) {
                                                      }),
                              codebook);
             }
+}
+
+/// As when a batch of a few frames has replaced all of a codebook.
+TEST_F(QuantizeTest, FewRowsWithManyCopiesEach) {
+    random_source random;
+    for (const auto& [n, k, d] : {std::array<std::int64_t, 3>{64, 2048, 256}, {1, 2048, 256}, {200, 4000, 100}}) {
+        const auto rows = random.normals<float>(n, d);
+        for (const std::int64_t distinct : {n, n / 2 + 1}) {
+            const auto codebook = matrix<float>::generate(k, d, [&](auto code, auto c) {
+                return rows.at(code * 7 % distinct, c) * (1 + 0x1p-23f * static_cast<float>(code % 2));
+            });
+            expect_exact(rows, codebook);
+        }
+    }
 }
 
 TEST_F(QuantizeSmall, OutliersAmongCodesAndRows) {

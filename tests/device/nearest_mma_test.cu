@@ -182,5 +182,23 @@ TEST_F(NearestMmaSmall, TheLibrarysOwnTiles) {
     EXPECT_EQ(codes, (from_global<mma_flat>(x, codebook)));
 }
 
+/// As where a first batch has filled a codebook. What the image is measured with must not come from a single one of
+/// these rows, or no code fits.
+TEST_F(NearestMmaSmall, AnImageOfFewRowsOverAndOver) {
+    random_source random;
+    for (const std::int64_t period : {2, 16, 32, 64, 100}) {
+        const auto rows = random.normals<float>(period, 256);
+        const device_matrix<float> codebook(
+            matrix<float>::generate(2048, 256, [&](auto k, auto d) { return rows.at(k % period, d); }));
+        for (const bool wide : {false, true}) {
+            const device_image<float> image(matrix_ref<const float>{codebook.data(), 2048, 256, 256}, wide);
+            std::vector<device::score_bounds> bounds(static_cast<std::size_t>(device::image_ref::parts(2048)));
+            check(cudaMemcpy(bounds.data(), image.ref().bounds, bounds.size() * sizeof(bounds[0]),
+                             cudaMemcpyDeviceToHost));
+            for (const auto& b : bounds) ASSERT_LT(b.norm + b.residual + b.offset + b.offset_rest, 1e5f) << period;
+        }
+    }
+}
+
 }  // namespace
 }  // namespace cuvq::test

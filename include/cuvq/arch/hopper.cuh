@@ -34,6 +34,10 @@ __device__ inline void touch(const void* p) {
     asm volatile("ld.global.u8 %0, [%1];" : "=r"(ignored) : "l"(p));
 }
 
+/// Has the line that p points into brought into the L2 cache, which shows nothing of it: allowed before
+/// `wait_for_predecessor`.
+__device__ inline void fetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 /// A cluster of `Blocks` blocks; of one where that is 1.
 template <int Blocks>
 struct cluster {

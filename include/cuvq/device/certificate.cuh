@@ -62,6 +62,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::device {
@@ -242,12 +243,23 @@ __device__ inline float filter_limit(float least, std::int64_t columns) {
     return limit <= largest ? limit : __int_as_float(0x7FC00000);
 }
 
+/// Reads ahead from a row, all of its lines at once, so that loads of its columns do not wait one after the other. By
+/// the eight lanes of a group.
+template <class T>
+__device__ void touch_row(const T* row, std::int64_t columns) {
+    constexpr int line = 128 / static_cast<int>(sizeof(T));
+    for (std::int64_t d = threadIdx.x % exact_lanes * line; d < columns; d += exact_lanes * line) arch::touch(row + d);
+}
+
+/// Codes that a group of eight lanes measures at a time.
+inline constexpr int codes_at_once = 4;
+
 /// Considers those of the codes at(0) .. at(count - 1) that group `group` of `groups` groups of eight lanes is to take
-/// and that the filter does not rule out: four at a time, so that their loads overlap. `at` may name a code twice.
+/// and that the filter does not rule out: some at a time, so that their loads overlap. `at` may name a code twice.
 template <class X, class C, class At>
 __device__ void consider_codes(exact_choice& choice, const X* row, const matrix_ref<const C>& codebook,
                                std::int64_t columns, std::int64_t count, int group, int groups, At at) {
-    constexpr int batch = 4;
+    constexpr int batch = codes_at_once;
     const auto code_at = [&](std::int64_t i) { return at(i < count ? i : count - 1); };
     float least = __int_as_float(0x7F800000);
     for (std::int64_t i = std::int64_t{group} * batch; i < count; i += std::int64_t{groups} * batch) {
@@ -255,6 +267,8 @@ __device__ void consider_codes(exact_choice& choice, const X* row, const matrix_
         float near[batch];
 #pragma unroll
         for (int j = 0; j < batch; ++j) codes[j] = codebook.row(code_at(i + j));
+#pragma unroll
+        for (int j = 0; j < batch; ++j) touch_row(codes[j], columns);
         squared_distances(row, reinterpret_cast<const C* const(&)[batch]>(codes), columns, near);
 #pragma unroll
         for (int j = 0; j < batch; ++j) least = fminf(least, near[j]);  // which is not NaN

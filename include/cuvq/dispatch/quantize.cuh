@@ -13,6 +13,7 @@
 #include <cuvq/detail/arguments.hpp>
 #include <cuvq/detail/launch.cuh>
 #include <cuvq/detail/view_types.hpp>
+#include <cuvq/device/image.cuh>
 #include <cuvq/dispatch/quantize_mma.cuh>
 #include <cuvq/dispatch/tuning.cuh>
 #include <cuvq/kernel/prepare.cuh>
@@ -178,7 +179,7 @@ std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const ke
                                const search_scratch& scratch, bool exact, std::int64_t groups, int processors,
                                cudaStream_t stream) {
     const auto search = kernel::quantize_sm90_few<Tile, X, C>;
-    const std::int64_t tiles = (args.codebook.rows - 1) / kernel::image_tile + 1;
+    const std::int64_t tiles = device::image_ref::tiles(args.codebook.rows);
     std::int64_t cluster = 1;
     while (2 * cluster <= kernel::few_blocks && cluster < tiles &&
            groups * 2 * cluster <= few_room(2 * cluster, processors))

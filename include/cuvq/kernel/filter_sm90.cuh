@@ -52,7 +52,8 @@ struct alignas(16) open_words {
 struct row_results {
     static constexpr int rows = 64;
     static constexpr std::int64_t most_codes = 1 << 29;
-    static constexpr int wide = 16;  // of a row's number of words: not all of them are codes
+    static constexpr int wide = 16;                   // of a row's number of words: not all of them are codes
+    static constexpr int everything = -1 - wide - 1;  // of one word, which says so
 
     int code[rows];         // the code, or -1 - n: open, to be settled from n words
     open_words word[rows];  // of an open row
@@ -192,7 +193,7 @@ __device__ inline void conclude(const leaders& lead0, const leaders& lead1, floa
             code = min(code, __shfl_xor_sync(0xFFFFFFFFu, code, 2));
             const bool ordered = top > 0 && error == error;  // integers order positive scores only
             if (q == 0) {
-                results.code[row] = ordered ? code : -1 - row_results::wide - 1;
+                results.code[row] = ordered ? code : row_results::everything;
                 if (!ordered) results.word[row].put(0, open_words::everything, tiles);
             }
         };
@@ -222,7 +223,7 @@ __device__ inline void conclude(const leaders& lead0, const leaders& lead1, floa
         const bool fits = limit > 0 && count <= open_words::most(tiles);
         if (q == 0)
             results.code[row] =
-                fits ? -1 - (total < lost ? count : row_results::wide + count) : -1 - row_results::wide - 1;
+                fits ? -1 - (total < lost ? count : row_results::wide + count) : row_results::everything;
         open_words& to = results.word[row];
         if (!fits) {
             if (q == 0) to.put(0, open_words::everything, tiles);

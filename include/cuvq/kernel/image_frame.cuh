@@ -50,6 +50,12 @@ struct codebook_image {
 /// Rows that the centre and scale are taken from. Any centre is right; a good one makes the filter sharp.
 inline constexpr int centre_rows = 32;
 
+/// Number `i` of those rows: one of every `every` rows, but not at equal distances, where a codebook made of the same
+/// few rows over and over would show just one of them.
+__device__ inline unsigned centre_row(unsigned i, unsigned every) {
+    return i * every + __umulhi((i + 1) * 0x9E3779B9u, every);
+}
+
 /// What the head comment says of frames and samples, in device memory; null in an image that no update keeps.
 struct image_trail {
     float* centres = nullptr;  // [2][stride]
@@ -67,7 +73,7 @@ struct image_trail {
     __device__ void leave_sample(const matrix_ref<T>& codebook, unsigned k, int first, int last) const {
         const auto samples = static_cast<unsigned>(sample_count(codebook.rows));
         const unsigned every = static_cast<unsigned>(codebook.rows) / samples, sample = k / every;
-        if (k % every != 0 || sample >= samples) return;
+        if (sample >= samples || k != centre_row(sample, every)) return;
         const std::int64_t columns = codebook.columns;
 #pragma unroll 1
         for (int d = static_cast<int>(threadIdx.x) % 32; d < columns; d += 32) {
@@ -127,10 +133,10 @@ template <int Threads, class C, class Put>
 __device__ float2 find_first_frame(typename cub::BlockReduce<double, Threads>::TempStorage& storage,
                                    const matrix_ref<const C>& codebook, const Put& put) {
     const int samples = image_trail::sample_count(codebook.rows);
-    const std::int64_t step = codebook.rows / samples * codebook.stride;
+    const unsigned every = static_cast<unsigned>(codebook.rows / samples);
     return find_frame<Threads>(
         storage, samples, static_cast<int>(codebook.columns),
-        [&](int i, int d) { return static_cast<float>(codebook.data[i * step + d]); }, put);
+        [&](int i, int d) { return static_cast<float>(codebook.row(centre_row(i, every))[d]); }, put);
 }
 
 /// An image as the updates keep it fresh; null where there is none.

@@ -16,6 +16,7 @@
 #include <cuvq/arch/wgmma_sm90.cuh>
 #include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/certificate.cuh>
+#include <cuvq/device/image.cuh>
 #include <cuvq/kernel/filter_sm90.cuh>
 #include <cuvq/kernel/outputs.cuh>
 #include <cuvq/kernel/prepare.cuh>
@@ -122,6 +123,17 @@ struct sm90_barriers {
     }
 };
 
+/// Has rows of x brought into the L2 cache: of `count` from `first` on, thread `thread` of `threads`' share.
+template <class X>
+__device__ void fetch_rows(const matrix_ref<const X>& x, std::int64_t first, int count, int thread, int threads) {
+    constexpr int line = 128;
+    const int lines = (static_cast<int>(x.columns * sizeof(X)) - 1) / line + 1;
+    for (int i = thread; i < count * lines; i += threads) {
+        const std::int64_t row = first + i / lines;
+        if (row < x.rows) arch::fetch(reinterpret_cast<const char*>(x.row(row)) + i % lines * line);
+    }
+}
+
 /// The converting warp `part` of four, of operands of a single step: 32 rows of every other 64, a lane each.
 template <class Tile, class X>
 __device__ void convert_short_rows(const matrix_ref<const X>& x, const float* scaled_centre, float scale,
@@ -178,14 +190,21 @@ __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_c
         for (int turn = 0; span.has(turn); ++turn, buffer.next()) {
             const std::int64_t first = span.first(turn) + row0;
             wait(barriers.rows_empty + buffer.at, buffer.parity);
+            float square = 0, residual = 0, own_factor = 1;  // of the row whose error bound this lane works out
 #pragma unroll 1
             for (int i = 0; i < 16; i += split::rows) {
                 row_image<steps> image{operands + buffer.at * sm90_shared<Tile>::row_bytes, row0 + i};
                 const std::int64_t then = i + split::rows < 16 ? first + i + split::rows : span.first(turn + 1) + row0;
                 const float factor = convert(image, first + i, then);
-                const float error = image.measured(factor).error(bounds, steps);
-                if (split::lane() == 0) errors[buffer.at * row_results::rows + row0 + i] = error;
+                if (split::lane() * split::rows == i) {
+                    square = image.square;
+                    residual = image.residual;
+                    own_factor = factor;
+                }
             }
+            if (const int own = split::lane() * split::rows; own < 16)
+                errors[buffer.at * row_results::rows + row0 + own] =
+                    row_measure::of(square, residual, own_factor).error(bounds, steps);
             cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
             arrive_each(barriers.rows_full + buffer.at);
         }
@@ -194,9 +213,12 @@ __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_c
 #pragma unroll
         for (int s = 0; s < data_parts; ++s) load(span.first(0) + row0, s);
         turns([&](row_image<steps>& image, std::int64_t row, std::int64_t then) {
+            float4 c = centre(split::column(0));
 #pragma unroll
             for (int s = 0; s < data_parts; ++s) {
-                image.put(image.centred(v[s], scale, centre(split::column(s))), s);
+                const float4 u = image.centred(v[s], scale, c);
+                if (s + 1 < data_parts) c = centre(split::column(s + 1));  // before the stores, which it may not pass
+                image.put(u, s);
                 load(then, s);
             }
             image.put_factor(1.0f, data_columns, data_parts);
@@ -205,7 +227,8 @@ __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_c
         });
     } else {
         turns([&](row_image<steps>& image, std::int64_t row, std::int64_t) {
-            return image.template put_all<3>(row_at(row), row < x.rows, columns, vectors, centre, scale, false);
+            return image.template put_all<split::parts>(row_at(row), row < x.rows, columns, vectors, centre, scale,
+                                                        false);
         });
     }
 }
@@ -218,7 +241,7 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
     constexpr int buffers = sm90_shared<Tile>::result_buffers;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const rows_seen seen{span, part};
-    const int tiles = static_cast<int>((a.codebook.rows - 1) / image_tile + 1);
+    const int tiles = static_cast<int>(device::image_ref::tiles(a.codebook.rows));
     int front = 0, back = seen.count();  // of its list, what is free
     for (int turn = part, number = lane; span.has(turn); turn += finishing_warps) {
         const unsigned put = static_cast<unsigned>(turn) % buffers;
@@ -232,8 +255,7 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
             if (left_open != 0) {
                 const int count = -1 - code;  // of an open row
                 const bool wide = code < 0 && count > row_results::wide;
-                open_words words;
-                *reinterpret_cast<int4*>(words.bits) = *reinterpret_cast<const int4*>(result.word[start + lane].bits);
+                const open_words words = result.word[start + lane];
                 const unsigned all_wide = __ballot_sync(0xFFFFFFFFu, wide), below = (1u << lane) - 1;
                 back -= __popc(all_wide);
                 if (code < 0) {
@@ -387,11 +409,14 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
 
     const int warpgroup = static_cast<int>(threadIdx.x) / 128, warp = static_cast<int>(threadIdx.x) % 128 / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int tiles = static_cast<int>((a.codebook.rows - 1) / image_tile + 1);
+    const int tiles = static_cast<int>(device::image_ref::tiles(a.codebook.rows));
     const row_span span{a.x.rows, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x)};
     if (threadIdx.x == 0) barriers.init();
     if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
     arch::let_successor_start();
+    // The rows that the consumers wait for at first, in that order.
+    for (int turn = 0; turn < Tile::consumers; ++turn)
+        fetch_rows(a.x, span.first(turn), row_results::rows, static_cast<int>(threadIdx.x), shared::threads);
     arch::wait_for_predecessor();
     __syncthreads();
     load_centre(image, static_cast<int>(a.x.columns), 16 * Tile::steps, centre);

@@ -16,6 +16,7 @@
 #include <cuvq/arch/wgmma_sm90.cuh>
 #include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/certificate.cuh>
+#include <cuvq/device/image.cuh>
 #include <cuvq/kernel/filter_sm90.cuh>
 #include <cuvq/kernel/outputs.cuh>
 #include <cuvq/kernel/prepare.cuh>
@@ -28,11 +29,11 @@ namespace cuvq::kernel {
 /// Sizes of a block, and the most blocks of a cluster.
 inline constexpr int few_warps = 16, few_threads = 32 * few_warps, few_blocks = 16;
 
-/// Stands for the code of a row that is the whole block's.
+/// Stands for the code of a row that is the whole block's: this, or less by what a lead must reach to be a candidate.
 inline constexpr std::int64_t code_aside = -2;
 
-/// Candidates of a row that are measured one by one; rows with more are the whole block's.
-inline constexpr int few_candidates = 8;
+/// Candidates of a row that are measured one by one; rows with more, or with unknown ones, are the whole block's.
+inline constexpr int few_candidates = 32;
 
 /// What one of the four threads that share a row in a warpgroup found: its leaders, and the best of all that it
 /// dropped.
@@ -82,7 +83,7 @@ __device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, f
 
 /// What the lanes of a row conclude from its leads.
 struct few_conclusion {
-    int least;   // what a lead must reach to be a candidate, if there are candidates to list
+    int least;   // what a lead must reach to be a candidate; 0 or less where leads say nothing
     int number;  // of candidates that this lane has seen
     int total;   // of the row
     int code;    // of the row, or code_aside where only the whole block can tell, or -3: one of the candidates
@@ -109,8 +110,11 @@ __device__ inline few_conclusion conclude_few(const few_lead* leads, int count, 
     }
     const int top = best & tag_mask;
     few_conclusion c{exact ? least_candidate(best, error) : top, 0, 0, 0x7FFFFFFF};
-    constexpr int lost = 1 << 16;                          // more than all candidates
-    if (!(c.least > 0 && error == error)) c.total = lost;  // integers order positive scores only
+    constexpr int lost = 1 << 16;            // more than all candidates
+    if (!(c.least > 0 && error == error)) {  // integers order positive scores only
+        c.total = lost;
+        c.least = 0;
+    }
 #pragma unroll 1
     for (int i = lane; i < count; i += lanes) {
         const few_lead l = leads[i];
@@ -163,7 +167,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     const unsigned rank = blockIdx.x % blocks;
     const std::int64_t first = std::int64_t{blockIdx.x / blocks} * row_results::rows;
     const int columns = static_cast<int>(a.x.columns);
-    const int tiles = static_cast<int>((a.codebook.rows - 1) / image_tile + 1);
+    const int tiles = static_cast<int>(device::image_ref::tiles(a.codebook.rows));
     // Blocks take tiles in turn, and of a block's tiles its warpgroups; a part is what one warpgroup takes.
     const auto tile_of = [&](int j) { return j * static_cast<int>(blocks) + static_cast<int>(rank); };
     const int parts = min(tiles, groups * static_cast<int>(blocks)), part = tile_of(group);
@@ -322,7 +326,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             }
             __syncwarp();
         }
-        if (own < count && leads_row) codes[own] = code;
+        if (own < count && leads_row) codes[own] = code == code_aside ? code_aside - c.least : code;
     }
     const bool any_wide = __syncthreads_or(code == code_aside);
     if (listed > 0) {
@@ -344,11 +348,46 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         __shared__ double distances[few_warps];
         __shared__ std::int64_t found[few_warps];
         const open_words everything{{open_words::everything, open_words::none, open_words::none, open_words::none}};
+        constexpr int held = image_tile / 4, groups_of_lanes = few_threads / 8;
+        static_assert((groups_of_lanes & (groups_of_lanes - 1)) == 0, "turns wrap around by a mask");
+        const int lanes_group = static_cast<int>(threadIdx.x) / 8;
         for (int r = 0; r < count; ++r) {
-            if (codes[r] != code_aside) continue;
+            if (codes[r] > code_aside) continue;
+            const int least = static_cast<int>(code_aside - codes[r]);
+            const X* const row = a.x.row(first + start + r);
             device::exact_choice choice;
-            consider_words(choice, everything, a.x.row(first + start + r), a.codebook, a.x.columns,
-                           static_cast<int>(threadIdx.x) / 8, few_threads / 8);
+            if (least == 0)
+                consider_words(choice, everything, row, a.codebook, a.x.columns, lanes_group, groups_of_lanes);
+            // Groups of lanes take turns at what leads name, so that none waits long for the others.
+            int turn = 0;
+            for (int i = 0; least > 0 && i < parts * 4; ++i) {
+                const few_lead l = leads[r * parts * 4 + i];
+                if (l.best < least) continue;
+                if (l.rest >= least) {  // something dropped could win: all codes that the thread scored
+                    const int scored = ((tiles - 1 - i / 4) / parts + 1) * held;
+                    device::consider_codes(choice, row, a.codebook, a.x.columns, scored,
+                                           (lanes_group - turn) & (groups_of_lanes - 1), groups_of_lanes,
+                                           [&](std::int64_t at) {
+                                               const int place = static_cast<int>(at) % held;
+                                               const int tile = i / 4 + static_cast<int>(at) / held * parts;
+                                               const std::int64_t k = std::int64_t{tile} * image_tile +
+                                                                      (place >> 1) * 8 + 2 * (i % 4) + (place & 1);
+                                               return min(k, a.codebook.rows - 1);
+                                           });
+                    turn += scored / device::codes_at_once;
+                    continue;
+                }
+                const auto consider = [&](int score, int tile) {
+                    if (score < least || (turn++ & (groups_of_lanes - 1)) != lanes_group) return;
+                    const int k = code_of(score, tile, i);
+                    choice.consider(device::exact_distance(row, a.codebook.row(k), a.x.columns), k);
+                };
+                consider(l.best, l.best_tile);
+                consider(l.best_runner, l.best_tile);
+                consider(l.next, l.next_tile);
+                consider(l.next_runner, l.next_tile);
+            }
+            __syncwarp();
             merge_block(choice, distances, found);
             if (threadIdx.x == 0) codes[r] = choice.code;
             __syncthreads();

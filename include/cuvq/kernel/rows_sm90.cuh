@@ -145,11 +145,16 @@ struct row_image {
                 float4 v[Batch];
 #pragma unroll
                 for (int i = 0; i < Batch; ++i) v[i] = load_part<Steps>(x, inside ? columns : 0, vectors, first + i);
+                const auto centre_of = [&](int part) {  // beyond the operand, anything
+                    return centre(min(split::column(part), layout::columns - 4));
+                };
+                float4 c = centre_of(first);
 #pragma unroll
                 for (int i = 0; i < Batch; ++i) {
-                    if (split::column(first + i) >= layout::columns) continue;
-                    const float4 u = centred(v[i], scale, centre(split::column(first + i)));
-                    put_last({factor * u.x, factor * u.y, factor * u.z, factor * u.w}, factor, columns, first + i);
+                    const float4 u = centred(v[i], scale, c);
+                    if (i + 1 < Batch) c = centre_of(first + i + 1);  // before the stores, which it may not pass
+                    if (split::column(first + i) < layout::columns)
+                        put_last({factor * u.x, factor * u.y, factor * u.z, factor * u.w}, factor, columns, first + i);
                 }
             }
             if (fits() || again) return factor;
@@ -232,7 +237,8 @@ struct short_row {
 /// The centre of an image times its scale, zeros behind it, for a whole block.
 __device__ inline void load_centre(const codebook_image& image, int columns, int padded, float* centre) {
     const float scale = *image.scale;
-    for (int d = threadIdx.x; d < padded; d += blockDim.x)
+    // The last threads have nothing to do with the bounds, which come by other loads.
+    for (int d = static_cast<int>(blockDim.x - 1 - threadIdx.x); d < padded; d += blockDim.x)
         centre[d] = d < columns ? __fmaf_ieee_rn(scale, image.centre[d], 0.0f) : 0.0f;
 }
 

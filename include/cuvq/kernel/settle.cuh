@@ -12,6 +12,7 @@
 #include <cuvq/arch/wgmma_sm90.cuh>
 #include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/certificate.cuh>
+#include <cuvq/device/image.cuh>
 #include <cuvq/kernel/filter_sm90.cuh>
 #include <cuvq/kernel/outputs.cuh>
 #include <cuvq/views.hpp>
@@ -72,7 +73,7 @@ CUVQ_HOST_DEVICE constexpr int shared_parts(std::int64_t codes, std::int64_t dim
     return elements <= 1 << 16 ? 1 : static_cast<int>(parts < shared_row::most_parts ? parts : shared_row::most_parts);
 }
 
-inline constexpr int settle_threads = 256, settle_blocks = 4;  // of a multiprocessor
+inline constexpr int settle_threads = 256, settle_blocks = 2;  // of a multiprocessor
 inline constexpr int most_segments = 1024;                     // finishing warps
 
 #if CUVQ_HAS_WGMMA
@@ -88,7 +89,7 @@ __device__ bool consider_words(device::exact_choice& choice, const open_words& w
                                const matrix_ref<const C>& codebook, std::int64_t columns, int group, int groups,
                                int part = 0, int parts = 1) {
     constexpr int held = image_tile / 4;  // codes of a tile that a thread holds
-    const int code_tiles = static_cast<int>((codebook.rows - 1) / image_tile + 1);
+    const int code_tiles = static_cast<int>(device::image_ref::tiles(codebook.rows));
     int turn = 0;
     for (int i = 0; i < open_words::most(code_tiles); ++i) {
         const int word = words.word(i, code_tiles);
@@ -158,7 +159,7 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
     const int segment = warp % segments, share = warp / segments;
     if (share >= sharers) return;
     const rows_seen seen{{a.x.rows, blocks, segment / finishing_warps}, segment % finishing_warps};
-    const int tiles = static_cast<int>((a.codebook.rows - 1) / image_tile + 1), places = seen.count();
+    const int tiles = static_cast<int>(device::image_ref::tiles(a.codebook.rows)), places = seen.count();
     if (places == 0) return;
     // Rows and words are read before it is known whether they are listed, lest loads wait for each other.
     int first = share * rows, next_own;
@@ -177,6 +178,12 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
         if (!listed) words.bits[0] = open_words::none;
         load(first + sharers * rows + lane / Lanes);
         const X* x = a.x.row(row);
+        if constexpr (Lanes > 1) {  // all lines at once, lest those of next columns wait for those before
+            device::touch_row(x, a.x.columns);
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                if (words.word(i, tiles) >= 0) device::touch_row(a.codebook.row(words.word(i, tiles)), a.x.columns);
+        }
         device::exact_choice choice;
 #pragma unroll 1
         for (int i = 0; i < open_words::most(tiles); i += 2) {  // two codes at a time
@@ -271,9 +278,13 @@ __global__ __launch_bounds__(settle_threads,
 #if CUVQ_HAS_WGMMA
     arch::let_successor_start();
     arch::wait_for_predecessor();
-    bool any_wide = false;
-    for (int i = threadIdx.x; i < blocks * finishing_warps; i += settle_threads)
-        any_wide = any_wide || open.counts[i].y > 0;
+    constexpr int each = most_segments / settle_threads;
+    int wide[each];  // looked at when they have come
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+        const int segment = i * settle_threads + static_cast<int>(threadIdx.x);
+        wide[i] = segment < blocks * finishing_warps ? open.counts[segment].y : 0;
+    }
     const int narrow = static_cast<int>(gridDim.x - gridDim.x / 4), block = static_cast<int>(blockIdx.x);
     if (block < narrow) {
         const int warps = settle_threads / 32 * narrow, warp = static_cast<int>(threadIdx.x) / 32 * narrow + block;
@@ -282,6 +293,9 @@ __global__ __launch_bounds__(settle_threads,
         else
             settle_narrow<device::exact_lanes>(a, tally, open, blocks, warp, warps);
     }
+    bool any_wide = false;
+#pragma unroll
+    for (int i = 0; i < each; ++i) any_wide = any_wide || wide[i] > 0;
     if (__syncthreads_or(any_wide)) settle_wide(a, tally, open, blocks);
 #endif  // CUVQ_HAS_WGMMA
 }
