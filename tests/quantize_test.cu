@@ -878,9 +878,12 @@ void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int run
     const auto right = codes.download();
     const auto some = matrix<float>::generate(200, d, [&](auto i, auto c) { return noise(23, (n - 200 + i) * d + c); });
     EXPECT_TRUE(codes_are_nearest(some, codebook, {right.end() - 200, right.end()}));
+    device_array<char> scratch(static_cast<std::int64_t>(quantize_workspace_bytes({n, k, d})));
     for (int run = 0; run < runs; ++run) {
         codes.fill(poison);
-        quantize(rows, centres.view(), codes.view());
+        scratch.fill(0x3F);  // garbage that could pass for codes
+        quantize(rows, centres.view(), codes.view(), discard, discard, {},
+                 {scratch.data(), static_cast<std::size_t>(scratch.size())});
         const auto got = codes.download();
         std::int64_t wrong = 0;
         for (std::int64_t i = 0; i < n; ++i) wrong += got[i] != right[i];
@@ -891,6 +894,8 @@ void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int run
 TEST_F(QuantizeTest, AMillionRowsTwentyTimes) { expect_steady_codes(1 << 20, 1024, 128, 20, false); }
 
 TEST_F(QuantizeTest, AMillionRowsWhereEveryCodeIsThereTwice) { expect_steady_codes(1 << 20, 512, 64, 5, true); }
+
+TEST_F(QuantizeTest, ManyRowsOfOpenCodesOfMoreBits) { expect_steady_codes(10001, 65536, 40, 2, true); }
 
 TEST_F(QuantizeTest, ManyRowsAndCodesOfEveryOperandSize) {
     for (const std::int64_t d : {3, 8, 13, 48, 77, 100, 256, 269}) {

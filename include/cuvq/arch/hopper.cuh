@@ -13,7 +13,7 @@
 namespace cuvq::arch {
 
 /// Waits until the kernels before this one on the stream are done and their writes visible. What a kernel launched by
-/// `detail::launch_dependent` does before it touches global memory.
+/// `detail::launch_dependent` does before it touches global memory, but by `fetch`.
 __device__ inline void wait_for_predecessor() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -34,8 +34,7 @@ __device__ inline void touch(const void* p) {
     asm volatile("ld.global.u8 %0, [%1];" : "=r"(ignored) : "l"(p));
 }
 
-/// Has the line that p points into brought into the L2 cache, which shows nothing of it: allowed before
-/// `wait_for_predecessor`.
+/// Has the line that p points into brought into the L2 cache, which shows nothing of it.
 __device__ inline void fetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 /// A cluster of `Blocks` blocks; of one where that is 1.

@@ -62,7 +62,6 @@
 
 #include <cuda_runtime.h>
 
-#include <cuvq/arch/hopper.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::device {
@@ -243,14 +242,6 @@ __device__ inline float filter_limit(float least, std::int64_t columns) {
     return limit <= largest ? limit : __int_as_float(0x7FC00000);
 }
 
-/// Reads ahead from a row, all of its lines at once, so that loads of its columns do not wait one after the other. By
-/// the eight lanes of a group.
-template <class T>
-__device__ void touch_row(const T* row, std::int64_t columns) {
-    constexpr int line = 128 / static_cast<int>(sizeof(T));
-    for (std::int64_t d = threadIdx.x % exact_lanes * line; d < columns; d += exact_lanes * line) arch::touch(row + d);
-}
-
 /// Codes that a group of eight lanes measures at a time.
 inline constexpr int codes_at_once = 4;
 
@@ -267,8 +258,6 @@ __device__ void consider_codes(exact_choice& choice, const X* row, const matrix_
         float near[batch];
 #pragma unroll
         for (int j = 0; j < batch; ++j) codes[j] = codebook.row(code_at(i + j));
-#pragma unroll
-        for (int j = 0; j < batch; ++j) touch_row(codes[j], columns);
         squared_distances(row, reinterpret_cast<const C* const(&)[batch]>(codes), columns, near);
 #pragma unroll
         for (int j = 0; j < batch; ++j) least = fminf(least, near[j]);  // which is not NaN

@@ -165,8 +165,7 @@ __device__ void convert_short_rows(const matrix_ref<const X>& x, const float* sc
     }
 }
 
-/// The same for longer rows: 16 of every 64, as `row_split` says. Its code is kept small, lest it drive the consumers'
-/// out of the instruction cache.
+/// The same for longer rows: 16 of every 64, as `row_split` says.
 template <class Tile, class X>
 __device__ void convert_rows(const matrix_ref<const X>& x, const float* scaled_centre, float scale,
                              const device::score_bounds& bounds, char* operands, float* errors,

@@ -32,9 +32,6 @@ inline constexpr int few_warps = 16, few_threads = 32 * few_warps, few_blocks = 
 /// Stands for the code of a row that is the whole block's: this, or less by what a lead must reach to be a candidate.
 inline constexpr std::int64_t code_aside = -2;
 
-/// Candidates of a row that are measured one by one; rows with more, or with unknown ones, are the whole block's.
-inline constexpr int few_candidates = 32;
-
 /// What one of the four threads that share a row in a warpgroup found: its leaders, and the best of all that it
 /// dropped.
 struct alignas(16) few_lead {
@@ -58,9 +55,10 @@ struct few_shared {
     static constexpr int bounds = measures + row_results::rows * static_cast<int>(sizeof(row_measure));
     static constexpr int bytes = bounds + static_cast<int>(sizeof(device::score_bounds));
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
-    // Over the tiles of codes, once they are scored: candidates, and their distances.
-    static constexpr int most_candidates = row_results::rows * few_candidates;
-    static_assert(most_candidates * 16 <= rows, "");
+    // Over the tiles of codes, once they are scored: candidates, and their distances. So many of a row are measured one
+    // by one; rows with more, or with unknown ones, are the whole block's.
+    static constexpr int row_room = rows / 16 / row_results::rows, row_candidates = row_room < 32 ? row_room : 32;
+    static constexpr int most_candidates = row_results::rows * row_candidates;
 };
 
 #if CUVQ_HAS_WGMMA
@@ -83,7 +81,7 @@ __device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, f
 
 /// What the lanes of a row conclude from its leads.
 struct few_conclusion {
-    int least;   // what a lead must reach to be a candidate; 0 or less where leads say nothing
+    int least;   // what a lead must reach to be a candidate; 0 where leads say nothing
     int number;  // of candidates that this lane has seen
     int total;   // of the row
     int code;    // of the row, or code_aside where only the whole block can tell, or -3: one of the candidates
@@ -94,10 +92,12 @@ __device__ inline int code_of(int tagged_score, int tile, int lead) {
     return tile * image_tile + (at >> 1) * 8 + 2 * (lead & 3) + (at & 1);
 }
 
-/// From the `count` leads of the threads that scored a row, four for every warpgroup. `lanes` lanes a row, a power of
+/// From the `count` leads of the threads that scored a row, four for every warpgroup; a row has at most `most`
+/// candidates one by one. `lanes` lanes a row, a power of
 /// two; whole warps, converged: shuffles of diverged ones are slow. Loops over leads are not unrolled: they are short,
 /// and run from a cold instruction cache.
-__device__ inline few_conclusion conclude_few(const few_lead* leads, int count, float error, bool exact, int lanes) {
+__device__ inline few_conclusion conclude_few(const few_lead* leads, int count, int most, float error, bool exact,
+                                              int lanes) {
     constexpr unsigned all = 0xFFFFFFFFu;
     const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
     int best = leaders::least;
@@ -132,7 +132,7 @@ __device__ inline few_conclusion conclude_few(const few_lead* leads, int count, 
         if (step < lanes) c.code = min(c.code, code);
         if (step < lanes) c.total += total;
     }
-    if (c.total > 1) c.code = c.total > few_candidates ? static_cast<int>(code_aside) : -3;
+    if (c.total > 1) c.code = c.total > most ? static_cast<int>(code_aside) : -3;
     return c;
 }
 
@@ -295,7 +295,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     int code = 0, own_first = 0, own_candidates = 0;
     if (warp < count) {  // lanes beyond the last row repeat another one
         const int r = own < count ? own : warp;
-        const few_conclusion c = conclude_few(leads + r * parts * 4, parts * 4,
+        const few_conclusion c = conclude_few(leads + r * parts * 4, parts * 4, shared::row_candidates,
                                               measures[start + r].error(as_bounds(bounds), Tile::steps), exact, lanes);
         const bool open = own < count && c.code == -3;
         if (own < count) code = c.code;

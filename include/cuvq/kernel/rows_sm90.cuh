@@ -131,7 +131,7 @@ struct row_image {
         return __all_sync(0xFFFFFFFFu, square < 0x1p26f);  // false for NaN
     }
 
-    /// The whole row, in little code, `Batch` parts at a time; the t that it took. A row that is not `inside` is zeros.
+    /// The whole row, `Batch` parts at a time; the t that it took. A row that is not `inside` is zeros.
     /// `vectors`: loads of four serve. `centre(column)`: four columns of the centre times the scale, zeros behind the
     /// last. `again`: it has been put already, and did not fit.
     template <int Batch, class X, class Centre>
@@ -237,7 +237,7 @@ struct short_row {
 /// The centre of an image times its scale, zeros behind it, for a whole block.
 __device__ inline void load_centre(const codebook_image& image, int columns, int padded, float* centre) {
     const float scale = *image.scale;
-    // The last threads have nothing to do with the bounds, which come by other loads.
+    // From the last thread on: `load_bounds` begins with the first, and their loads should not wait for each other.
     for (int d = static_cast<int>(blockDim.x - 1 - threadIdx.x); d < padded; d += blockDim.x)
         centre[d] = d < columns ? __fmaf_ieee_rn(scale, image.centre[d], 0.0f) : 0.0f;
 }

@@ -148,6 +148,14 @@ __device__ void merge_block(device::exact_choice& choice, double (&distances)[Wa
     }
 }
 
+/// Reads ahead from a row, its lines at once, so that loads of its columns do not wait one after the other. By the
+/// eight lanes of a group.
+template <class T>
+__device__ void touch_row(const T* row, std::int64_t columns) {
+    constexpr int lanes = device::exact_lanes, line = 128 / static_cast<int>(sizeof(T));
+    for (std::int64_t d = threadIdx.x % lanes * line; d < columns; d += lanes * line) arch::touch(row + d);
+}
+
 /// Codes of the rows listed from the front, whose candidates `Lanes` lanes measure. Warp `warp` of `warps`, at least
 /// one for every finishing warp.
 template <int Lanes, class X, class C>
@@ -174,15 +182,14 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
     for (; first < count; first += sharers * rows) {
         const bool listed = first + lane / Lanes < count;
         const std::int64_t row = listed ? seen.row(next_own) : 0;
-        open_words words = next_words;
-        if (!listed) words.bits[0] = open_words::none;
+        const open_words words = next_words.cut(listed ? open_words::most(tiles) : 0, tiles);
         load(first + sharers * rows + lane / Lanes);
         const X* x = a.x.row(row);
-        if constexpr (Lanes > 1) {  // all lines at once, lest those of next columns wait for those before
-            device::touch_row(x, a.x.columns);
+        if constexpr (Lanes > 1) {
+            touch_row(x, a.x.columns);
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                if (words.word(i, tiles) >= 0) device::touch_row(a.codebook.row(words.word(i, tiles)), a.x.columns);
+                if (words.word(i, tiles) >= 0) touch_row(a.codebook.row(words.word(i, tiles)), a.x.columns);
         }
         device::exact_choice choice;
 #pragma unroll 1
