@@ -272,9 +272,9 @@ def block(rows, directory, readme):
     pytorch = quantize_table(rows, ("seed", "large", "models"), PYTORCH)
     parts += folded("PyTorch, each way by itself",
                     "² The whole layer, host time included.\n" if "²" in pytorch else "", pytorch)
-    parts += folded("Half and bfloat16 vectors, beside others",
-                    "cuvq's codebook is float, of values that the vectors' type holds; cuBLAS takes both in that type.\n",
-                    row_table(rows, ("seed", "large", "models"), HALVES))
+    halves = row_table(rows, ("seed", "large", "models"), HALVES)
+    codebooks = "cuvq's codebook is float, of values that the vectors' type holds; cuBLAS takes both in that type.\n"
+    parts += folded("Half and bfloat16 vectors, beside others", codebooks if halves else "", halves)
     update = update_table(rows)
     if update:
         parts += ["`ema_update`, float32, given codes. ¹ Counts and sums only, no update.\n", update]
