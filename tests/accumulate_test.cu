@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -160,6 +161,37 @@ TYPED_TEST(AccumulateTypesSmall, ManyRowsWithBadCodesNanRowsAndBadWeights) {
     }
 }
 
+/// Rows, half of whose codes begin and end with rows that are not finite, or have no others.
+template <class X>
+void expect_sums_without_bad_ends(random_source& random, std::int64_t n, std::int64_t d, std::int64_t k) {
+    SCOPED_TRACE(testing::Message() << n << " rows, D = " << d << ", " << k << " codes");
+    auto x = random.normals<X>(n, d);
+    const auto codes = random_codes(random, n, -1, k);
+    const auto weights = random_weights(random, n);
+    std::vector<std::int64_t> first(static_cast<std::size_t>(k), -1), last(first);
+    for (std::int64_t i = 0; i < n; ++i) {
+        if (codes[i] < 0 || codes[i] >= k) continue;
+        if (first[codes[i]] < 0) first[codes[i]] = i;
+        last[codes[i]] = i;
+        if (codes[i] % 8 == 6) x(i, random.integer(0, d - 1)) = i % 2 == 0 ? nan : -inf;
+    }
+    for (std::int64_t code = 0; code < k; ++code)
+        if (first[code] >= 0 && code % 2 == 0)
+            x(first[code], random.integer(0, d - 1)) = x(last[code], random.integer(0, d - 1)) = code % 4 ? nan : inf;
+    EXPECT_TRUE(same(expect_sums(x, codes, k), accumulated(x, codes, k)));
+    EXPECT_TRUE(same(expect_sums(x, codes, k, weights, awkward), accumulated(x, codes, k, weights)));
+}
+
+TYPED_TEST(AccumulateTypesSmall, NarrowRowsWithNanRowsAtTheEndsOfCodes) {
+    random_source random;
+    constexpr std::int64_t n = gather_shapes::most_rows + 8;
+    for (const std::int64_t d : {1, 8, 64})
+        for (const std::int64_t k : {1, 60, 9000}) expect_sums_without_bad_ends<TypeParam>(random, n, d, k);
+    // More rows for a warp than one group of its lanes takes.
+    constexpr std::int64_t many = 5 * sum_tile::least_rows * sum_tile::narrow_runs;
+    expect_sums_without_bad_ends<TypeParam>(random, many, 3, 700);
+}
+
 template <class Int>
 class AccumulateCodesSmall : public gpu_test {};
 TYPED_TEST_SUITE(AccumulateCodesSmall, code_types, type_names);
@@ -231,6 +263,44 @@ TEST_F(AccumulateTest, CodesThatEndAtAndAroundTheEndsOfRuns) {
             expect_exact_sums(random, rows, d);
         }
     }
+}
+
+TEST_F(AccumulateTest, NarrowRowsByAllGroupsOfAWarp) {
+    random_source random;
+    for (const std::int64_t d : {1, 3, 4, 5, 8, 13, 16, 31, 32, 33, 48, 64}) {
+        SCOPED_TRACE(testing::Message() << "D = " << d);
+        // Every group has a batch of rows, or two, but the last of a warp.
+        const std::int64_t groups = 32 / sum_tile::lanes(d);
+        const std::int64_t run = sum_tile::least_rows * (d % 2 == 0 ? groups : 2 * groups - 1);
+        const std::int64_t n = run * sum_tile::narrow_runs + 99;
+        ASSERT_EQ(sum_tile::rows(n, n, d), run);
+        const auto rest_to = [&](std::vector<std::int64_t> rows) {
+            rows.push_back(n - std::accumulate(rows.begin(), rows.end(), std::int64_t{0}));
+            return rows;
+        };
+        expect_exact_sums(random, std::vector<std::int64_t>(40, n / 40), d);
+        expect_exact_sums(random, {0, n, 0}, d);
+        std::vector<std::int64_t> zipf, few, ends;
+        for (std::int64_t k = 0; k < 300; ++k) zipf.push_back(n / ((k + 1) * (k + 2)));
+        expect_exact_sums(random, rest_to(zipf), d);
+        for (std::int64_t k = 0; k < 30000; ++k) few.push_back(random.integer(0, 2));
+        expect_exact_sums(random, rest_to(few), d);
+        // Over groups, warps and runs, and to their ends and not quite.
+        for (const std::int64_t whole : {std::int64_t{8}, std::int64_t{16}, run / 8, run, 3 * run, run / 8 - 8})
+            for (const std::int64_t more : {0, 1, -1, 0, 5, -5}) ends.push_back(whole + more);
+        expect_exact_sums(random, rest_to(ends), d);
+    }
+}
+
+TEST_F(AccumulateTest, NarrowRowsWithNanRowsAtTheEndsOfCodes) {
+    random_source random;
+    for (const std::int64_t d : {1, 4, 7, 16, 30, 64})
+        for (const std::int64_t k : {3, 1000, 60000}) {
+            const std::int64_t n = 16 / sum_tile::lanes(d) * sum_tile::least_rows * sum_tile::narrow_runs + 20000;
+            expect_sums_without_bad_ends<float>(random, n, d, k);
+        }
+    expect_sums_without_bad_ends<__half>(random, 200000, 10, 900);
+    expect_sums_without_bad_ends<__nv_bfloat16>(random, 200000, 12, 900);
 }
 
 TEST_F(AccumulateTest, RowsLeftOutAroundTheEndsOfRuns) {

@@ -176,7 +176,9 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance&
     const std::int64_t columns = a.x.columns, codes = a.sums.rows;
     const std::int64_t slices = (columns - 1) / sum_tile::columns + 1;
     const bool vectors = kernel::has_vectors<vector>(a.x);
-    const bool depends = detail::is_for_hopper(kernel::sum_runs<sum_tile, X>);
+    const auto sum = columns <= sum_tile::narrow_columns ? kernel::sum_runs<sum_tile, true, X>
+                                                         : kernel::sum_runs<sum_tile, false, X>;
+    const bool depends = detail::is_for_hopper(sum);
     std::int64_t first = 0;
     do {  // once at least: an empty batch still writes counts and sums
         const std::int64_t count = std::min(m.slice, a.x.rows - first);
@@ -201,8 +203,8 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance&
             const kernel::sorted_rows s{source.rows,    source.row_count, first,     count, m.run,
                                         m.partial_sums, m.partial_counts, m.last_run};
             const std::int64_t runs = (count + m.run - 1) / m.run;
-            detail::launch_next(depends, kernel::sum_runs<sum_tile, X>, static_cast<unsigned>(runs * slices),
-                                sum_tile::threads, stream, 0, a, s, vectors, onto, invalid_rows);
+            detail::launch_next(depends, sum, static_cast<unsigned>(runs * slices), sum_tile::threads, stream, 0, a, s,
+                                sum_tile::lanes(columns), vectors, onto, invalid_rows);
             if (runs > 1)
                 detail::launch_next(depends, kernel::merge_runs<sum_tile>, static_cast<unsigned>((runs - 1) * slices),
                                     sum_tile::merge_threads, stream, 0, a.counts, a.sums, s, onto);

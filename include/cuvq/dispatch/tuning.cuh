@@ -111,21 +111,36 @@ inline constexpr long long most_split_rows = 1 << 14;
 inline constexpr long long most_simt_steps = 16, most_simt_rows = 8192;
 
 /// `kernel/accumulate.cuh`: a block sums `columns` columns of a run of sorted rows, each warp at most `rows_per_warp`
-/// at a time; `blocks` of them fit a multiprocessor. `merge_threads` add up the runs of a code.
+/// at a time; `blocks` of them fit a multiprocessor. Of rows of up to `narrow_columns` columns, a group of lanes takes
+/// one, `narrow_rows` at most at a time, with the loads of `narrow_batch` under way. `merge_threads` add up the runs of
+/// a code.
 struct sum_tile {
     static constexpr int threads = 256;
     static constexpr int blocks = 2;
     static constexpr int columns = 128;
     static constexpr int rows_per_warp = 64;
+    static constexpr int narrow_columns = 64;
+    static constexpr int narrow_blocks = 2;
+    static constexpr int narrow_rows = 32;
+    static constexpr int narrow_batch = 8;
     static constexpr int merge_threads = 512;
-    static constexpr long long wanted_runs = 1024;
+    static constexpr long long wanted_runs = 1024, narrow_runs = 256;
     static constexpr long long least_rows = 8 * threads / 32;  // of a run: a batch of loads for each warp
+
+    /// Lanes of a warp that take a row: a power of two.
+    static constexpr int lanes(long long dimensions) {
+        int n = 1;
+        while (n < 32 && n * (columns / 32) < dimensions) n *= 2;
+        return n;
+    }
 
     /// Rows of one run, for `count` rows: short enough that all multiprocessors are busy, long enough that the partial
     /// sums, in double, take at most 8 bytes per row and two copies of the codebook.
     static constexpr long long rows(long long count, long long codes, long long dimensions) {
-        constexpr long long unit = least_rows, most = rows_per_warp * threads / 32;
-        long long run = count / wanted_runs / unit * unit;
+        const bool narrow = dimensions <= narrow_columns;
+        const long long most = (narrow ? narrow_rows * (32 / lanes(dimensions)) : rows_per_warp) * (threads / 32);
+        constexpr long long unit = least_rows;
+        long long run = count / (narrow ? narrow_runs : wanted_runs) / unit * unit;
         run = run < unit ? unit : run > most ? most : run;
         // Each run has two parts of D doubles, and two counts.
         const long long room = count / (2 * dimensions + 2) + codes / 2;

@@ -135,127 +135,291 @@ struct segment_storage {
     std::uint32_t code[Tile::threads / 32][2];  // none: no such segment
 };
 
-/// A block sums rows begin .. end - 1 of a list, sorted by code: columns slice .. slice + Tile::columns - 1 of each,
-/// segment by segment, in an order that depends on begin, end and `most` alone.
+/// A warp sums rows begin .. end - 1 of a list, sorted by code: columns slice .. slice + Tile::columns - 1 of each,
+/// segment by segment, in an order that depends on begin and end alone. Leaves the first segment and, if there is
+/// another, the last in `shared`. Whole warp, converged. `begin` < `end`.
 ///
-/// @param most      rows of a warp at a time.
-/// @param row_at    (i) -> coded_row, of the list.
-/// @param emit_warp (code, sum[columns of this lane], count): called by one warp where a whole segment lies within its
-///                  rows.
-/// @param emit      (open_segment): called by the block where another segment ends that is not the last.
 /// @param left_out  of this warp: rows that are not finite, which are not added, get counted.
-/// Returns the last segment. Ends with a barrier. `begin` < `end`.
-template <class Tile, class X, class RowAt, class EmitWarp, class Emit>
-__device__ open_segment sum_segments(segment_storage<Tile>& shared, const detail::accumulate_args<X>& a,
-                                     std::int64_t first_row, std::int64_t slice, bool vectors, std::int64_t begin,
-                                     std::int64_t end, int most, unsigned& left_out, const RowAt& row_at,
-                                     const EmitWarp& emit_warp, const Emit& emit) {
-    constexpr int warps = Tile::threads / 32, columns_per_lane = Tile::columns / 32, batch = most_float_rows;
-    static_assert(Tile::threads >= Tile::columns, "a thread of the block merges a column");
+/// @param row_at    (i) -> coded_row, of the list.
+/// @param emit_warp (column, code, sum[columns of this lane], count): called where a segment ends that is neither the
+///                  first nor the last, by all lanes that have a share of it, each with its first column.
+template <class Tile, class X, class RowAt, class EmitWarp>
+__device__ void sum_rows(segment_storage<Tile>& shared, const detail::accumulate_args<X>& a, std::int64_t first_row,
+                         std::int64_t slice, bool vectors, std::int64_t begin, std::int64_t end, unsigned& left_out,
+                         const RowAt& row_at, const EmitWarp& emit_warp) {
+    constexpr int columns_per_lane = Tile::columns / 32, batch = most_float_rows;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const std::int64_t columns = a.x.columns, first = slice + lane * columns_per_lane;  // column of this lane
-    open_segment open{row_at(begin).code};
+    segment_sum<columns_per_lane> segment;
+    bool is_first = true;
+    const auto load = [&](std::int64_t i) { return i < end ? row_at(i) : coded_row{coded_row::none, 0}; };
+    coded_row next = load(begin + lane);
+    std::uint32_t code = __shfl_sync(0xFFFFFFFFu, next.code, 0);
+    // What ends within the rows of a warp, but did not start with them, is a whole segment.
+    const auto flush = [&](bool is_last) {
+        if (is_first || is_last) {
+            const int slot = is_first ? 0 : 1;
+#pragma unroll
+            for (int c = 0; c < columns_per_lane; ++c)
+                shared.sum[warp][slot][lane * columns_per_lane + c] = segment.sum[c];
+            if (lane == 0) {
+                shared.count[warp][slot] = segment.count;
+                shared.code[warp][slot] = code;
+                if (is_first) shared.code[warp][1] = coded_row::none;
+            }
+        } else {
+            emit_warp(first, code, segment.sum, segment.count);
+        }
+        is_first = false;
+#pragma unroll
+        for (int c = 0; c < columns_per_lane; ++c) segment.sum[c] = 0;
+        segment.count = 0;
+    };
+    // The rows of lanes from .. to - 1 again, after float overflowed or a row turned out not to be finite: those are
+    // left out, the others added in double.
+    const auto add_one_by_one = [&](const coded_row& mine, float own_weight, int from, int to) {
+#pragma unroll
+        for (int c = 0; c < columns_per_lane; ++c) segment.part[c] = 0;
+#pragma unroll 1
+        for (int j = from; j < to; ++j) {
+            const std::uint32_t row = __shfl_sync(0xFFFFFFFFu, mine.row, j);
+            const float weight = __shfl_sync(0xFFFFFFFFu, own_weight, j);
+            float value[1][columns_per_lane];
+            read_rows(value, {a.x.row(first_row + row)}, first, columns, vectors);
+            bool finite = true;
+#pragma unroll
+            for (int c = 0; c < columns_per_lane; ++c) finite = finite && isfinite(value[0][c]);
+            if (__all_sync(0xFFFFFFFFu, finite)) {
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c)
+                    segment.sum[c] += static_cast<double>(weight) * static_cast<double>(value[0][c]);
+                segment.count += weight;
+            } else {
+                ++left_out;
+            }
+        }
+    };
+    for (std::int64_t at = begin; at < end; at += 32) {
+        const coded_row mine = next;
+        const bool valid = at + lane < end;
+        float own_weight = 1;
+        if (a.weights && valid) own_weight = a.weights[first_row + mine.row];
+        next = load(at + 32 + lane);
+        std::uint32_t before = __shfl_up_sync(0xFFFFFFFFu, mine.code, 1);
+        if (lane == 0) before = code;
+        const unsigned starts = __ballot_sync(0xFFFFFFFFu, valid && mine.code != before);
+        const int here = end - at < 32 ? static_cast<int>(end - at) : 32;
+        for (int j0 = 0; j0 < here; j0 += batch) {
+            // Beyond `here`, row 0 is read, and not used.
+            const X* row[batch];
+            float value[batch][columns_per_lane];
+#pragma unroll
+            for (int j = 0; j < batch; ++j) row[j] = a.x.row(first_row + __shfl_sync(0xFFFFFFFFu, mine.row, j0 + j));
+            read_rows(value, row, first, columns, vectors);
+            const int in_batch = here - j0 < batch ? here - j0 : batch;
+            unsigned marks = starts >> j0 & ((1u << in_batch) - 1);
+#pragma unroll 1
+            for (int from = 0; from < in_batch;) {  // one part of the batch for each segment in it
+                if (marks >> from & 1) {
+                    flush(false);
+                    code = __shfl_sync(0xFFFFFFFFu, mine.code, j0 + from);
+                    marks &= marks - 1;
+                }
+                const int to = marks ? __ffs(static_cast<int>(marks)) - 1 : in_batch;
+                double weights = a.weights ? 0 : to - from;
+#pragma unroll
+                for (int j = 0; j < batch; ++j) {
+                    const float weight = a.weights ? __shfl_sync(0xFFFFFFFFu, own_weight, j0 + j) : 1.0f;
+                    if (j < from || j >= to) continue;
+                    device::accumulate_row(segment.part, value[j], weight, columns_per_lane, 0, 1);
+                    if (a.weights) weights += weight;
+                }
+                if (segment.is_sound()) {
+                    segment.fold();
+                    segment.count += weights;
+                } else {
+                    add_one_by_one(mine, own_weight, j0 + from, j0 + to);
+                }
+                from = to;
+            }
+        }
+    }
+    flush(true);
+}
+
+/// v, of which the compiler knows nothing: what a loop makes of it is made there, and does not wait in registers from
+/// before the loop.
+__device__ inline float opaque(float v) {
+    asm volatile("" : "+f"(v));
+    return v;
+}
+
+/// As `sum_rows`, of rows of at most Tile::narrow_columns columns: `lanes` lanes, a power of two, take a row, and each
+/// group of so many its own rows, one after the other. A segment that spans groups is added up from theirs, in an order
+/// that depends on begin, end and `lanes` alone. All is added in double, so that nothing overflows on the way.
+template <class Tile, class X, class RowAt, class EmitWarp>
+__device__ void sum_narrow_rows(segment_storage<Tile>& shared, const detail::accumulate_args<X>& a,
+                                std::int64_t first_row, int lanes, bool vectors, std::int64_t begin, std::int64_t end,
+                                unsigned& left_out, const RowAt& row_at, const EmitWarp& emit_warp) {
+    constexpr int columns_per_lane = Tile::columns / 32, batch = Tile::narrow_batch;
+    constexpr unsigned all = 0xFFFFFFFFu;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int groups = 32 / lanes, group = lane / lanes, column = lane % lanes * columns_per_lane;
+    // Whole batches, since a part of one takes as long: the groups at the end may have no rows.
+    const int rows = static_cast<int>(end - begin), share = ((rows - 1) / (groups * batch) + 1) * batch;
+    const std::int64_t own = begin + group * share;
+    double sum[columns_per_lane] = {}, count = 0, head_count = 0;
+    // Of the segment that the group is at, and of its first; none: it has no rows.
+    std::uint32_t code = coded_row::none, head_code = coded_row::none;
+    for (int at = 0; at < share; at += batch) {
+        const int left = rows - group * share - at, here = left < 0 ? 0 : left < batch ? left : batch;
+        // Beyond `here`, row 0 is read, and not used.
+        const X* row[batch];
+        float weight[batch], value[batch][columns_per_lane];
+        unsigned starts = 0;  // of segments, a bit each
+        {
+            coded_row entry[batch];
+#pragma unroll
+            for (int j = 0; j < batch; ++j) entry[j] = j < here ? row_at(own + at + j) : coded_row{coded_row::none, 0};
+            if (at == 0) code = head_code = entry[0].code;
+            std::uint32_t before = code;
+#pragma unroll
+            for (int j = 0; j < batch; ++j) {
+                if (j < here && entry[j].code != before) starts |= 1u << j;
+                before = entry[j].code;
+                row[j] = a.x.row(first_row + entry[j].row);
+                weight[j] = a.weights ? a.weights[first_row + entry[j].row] : 1.0f;
+            }
+        }
+        read_rows(value, row, column, a.x.columns, vectors);
+        float probe = 0;  // NaN as soon as an element is NaN or Inf
+#pragma unroll
+        for (int j = 0; j < batch; ++j)
+#pragma unroll
+            for (int c = 0; c < columns_per_lane; ++c) probe = __fmaf_rn(value[j][c], 0.0f, probe);
+        unsigned finite = (1u << here) - 1;  // rows, a bit each
+        if (__any_sync(all, probe != 0)) {
+            const unsigned peers = ((1u << lanes) - 1) << group * lanes;
+#pragma unroll
+            for (int j = 0; j < batch; ++j) {
+                bool bad = false;
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c) bad = bad || !isfinite(value[j][c]);
+                bad = (__ballot_sync(all, bad && j < here) & peers) != 0;
+                if (bad) finite &= ~(1u << j);
+                left_out += __popc(__ballot_sync(all, bad && column == 0));
+            }
+        }
+#pragma unroll 1
+        for (int from = 0; from < here;) {  // one part of the batch for each segment in it
+            if (starts >> from & 1) {
+                if (code == head_code) {  // waits for what the groups before have of it
+#pragma unroll
+                    for (int c = 0; c < columns_per_lane; ++c)
+                        shared.sum[warp][0][lane * columns_per_lane + c] = sum[c];
+                    head_count = count;
+                } else {
+                    emit_warp(column, code, sum, count);
+                }
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c) sum[c] = 0;
+                count = 0;
+                code = row_at(own + at + from).code;
+                starts &= starts - 1;
+            }
+            const int to = starts ? __ffs(static_cast<int>(starts)) - 1 : here;
+            const unsigned part = finite & ((1u << to) - (1u << from));
+#pragma unroll
+            for (int j = 0; j < batch; ++j) {
+                if (!(part >> j & 1)) continue;
+                const double factor = static_cast<double>(opaque(weight[j]));
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c)
+                    sum[c] = fma(factor, static_cast<double>(opaque(value[j][c])), sum[c]);
+                count += factor;
+            }
+            from = to;
+        }
+        __syncwarp();
+    }
+
+    const std::uint32_t first_code = __shfl_sync(all, head_code, 0);
+    std::uint32_t before = __shfl_up_sync(all, code, lanes), after = __shfl_down_sync(all, head_code, lanes);
+    if (group == 0) before = coded_row::none;
+    if (group == groups - 1) after = coded_row::none;
+    const bool joins = head_code != coded_row::none && head_code == before;
+    // Onto the last segment of each group, what the groups before have of it: of 1, 2, 4, ... groups at a time.
+    bool is_whole = code != head_code || !joins;
+    for (int step = lanes; __any_sync(all, !is_whole); step *= 2) {
+#pragma unroll
+        for (int c = 0; c < columns_per_lane; ++c) {
+            const double more = __shfl_up_sync(all, sum[c], step);
+            if (!is_whole) sum[c] += more;
+        }
+        const double more = __shfl_up_sync(all, count, step);
+        if (!is_whole) count += more;
+        const bool was_whole = __shfl_up_sync(all, is_whole, step);
+        is_whole = is_whole || was_whole;
+    }
+    const auto keep = [&](int slot, std::uint32_t of, const double(&total)[columns_per_lane], double weights) {
+#pragma unroll
+        for (int c = 0; c < columns_per_lane; ++c) shared.sum[warp][slot][column + c] = total[c];
+        if (column == 0) {
+            shared.count[warp][slot] = weights;
+            shared.code[warp][slot] = of;
+        }
+    };
+    // The first segment of each group that has another. Where the warp's first comes from another group than its first,
+    // that one has nothing in the place it is put to.
+    double head[columns_per_lane];
+#pragma unroll
+    for (int c = 0; c < columns_per_lane; ++c) {
+        const double more = __shfl_up_sync(all, sum[c], lanes);
+        head[c] = joins ? more : 0;
+    }
+    const double more = __shfl_up_sync(all, count, lanes);
+    if (joins) head_count += more;
+    if (code != head_code) {
+#pragma unroll
+        for (int c = 0; c < columns_per_lane; ++c) head[c] += shared.sum[warp][0][lane * columns_per_lane + c];
+        if (head_code == first_code)
+            keep(0, head_code, head, head_count);
+        else
+            emit_warp(column, head_code, head, head_count);
+    }
+    // The last segment of each group with which it ends.
+    if (code != after) {
+        const bool is_first = code == first_code, is_last = after == coded_row::none;
+        if (is_last && is_first && column == 0) shared.code[warp][1] = coded_row::none;
+        if (is_first || is_last)
+            keep(is_first ? 0 : 1, code, sum, count);
+        else
+            emit_warp(column, code, sum, count);
+    }
+    __syncwarp();
+}
+
+/// A block sums rows begin .. end - 1 of a list, sorted by code, segment by segment, in an order that depends on begin,
+/// end and `most` alone.
+///
+/// @param most     rows of a warp at a time.
+/// @param code     of the first row.
+/// @param sum_warp (begin, end): called by one warp, sums these rows as `sum_rows` does.
+/// @param emit     (open_segment): called by the block where a segment ends that is not the last, and of which no warp
+///                 has all.
+/// Returns the last segment. Ends with a barrier. `begin` < `end`.
+template <class Tile, class SumWarp, class Emit>
+__device__ open_segment sum_segments(segment_storage<Tile>& shared, std::int64_t begin, std::int64_t end, int most,
+                                     std::uint32_t code, const SumWarp& sum_warp, const Emit& emit) {
+    constexpr int warps = Tile::threads / 32;
+    static_assert(Tile::threads >= Tile::columns, "a thread of the block merges a column");
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    open_segment open{code};
     for (std::int64_t round = begin; round < end; round += warps * most) {
         const std::int64_t own_begin = round + warp * most;
         const std::int64_t own_end = own_begin + most < end ? own_begin + most : end;
-        segment_sum<columns_per_lane> segment;
-        std::uint32_t code = coded_row::none;
-        bool is_first = true;
-        // What ends within the rows of a warp, but did not start with them, is a whole segment.
-        const auto flush = [&](bool is_last) {
-            if (is_first || is_last) {
-                const int slot = is_first ? 0 : 1;
-#pragma unroll
-                for (int c = 0; c < columns_per_lane; ++c)
-                    shared.sum[warp][slot][lane * columns_per_lane + c] = segment.sum[c];
-                if (lane == 0) {
-                    shared.count[warp][slot] = segment.count;
-                    shared.code[warp][slot] = code;
-                    if (is_first) shared.code[warp][1] = coded_row::none;
-                }
-            } else {
-                emit_warp(code, segment.sum, segment.count);
-            }
-            is_first = false;
-#pragma unroll
-            for (int c = 0; c < columns_per_lane; ++c) segment.sum[c] = 0;
-            segment.count = 0;
-        };
-        // The rows of lanes from .. to - 1 again, after float overflowed or a row turned out not to be finite: those
-        // are left out, the others added in double.
-        const auto add_one_by_one = [&](const coded_row& mine, float own_weight, int from, int to) {
-#pragma unroll
-            for (int c = 0; c < columns_per_lane; ++c) segment.part[c] = 0;
-#pragma unroll 1
-            for (int j = from; j < to; ++j) {
-                const std::uint32_t row = __shfl_sync(0xFFFFFFFFu, mine.row, j);
-                const float weight = __shfl_sync(0xFFFFFFFFu, own_weight, j);
-                float value[1][columns_per_lane];
-                read_rows(value, {a.x.row(first_row + row)}, first, columns, vectors);
-                bool finite = true;
-#pragma unroll
-                for (int c = 0; c < columns_per_lane; ++c) finite = finite && isfinite(value[0][c]);
-                if (__all_sync(0xFFFFFFFFu, finite)) {
-#pragma unroll
-                    for (int c = 0; c < columns_per_lane; ++c)
-                        segment.sum[c] += static_cast<double>(weight) * static_cast<double>(value[0][c]);
-                    segment.count += weight;
-                } else {
-                    ++left_out;
-                }
-            }
-        };
-        const auto load = [&](std::int64_t i) { return i < own_end ? row_at(i) : coded_row{coded_row::none, 0}; };
-        coded_row next = load(own_begin + lane);
-        if (own_begin < own_end) code = __shfl_sync(0xFFFFFFFFu, next.code, 0);
-        for (std::int64_t at = own_begin; at < own_end; at += 32) {
-            const coded_row mine = next;
-            const bool valid = at + lane < own_end;
-            float own_weight = 1;
-            if (a.weights && valid) own_weight = a.weights[first_row + mine.row];
-            next = load(at + 32 + lane);
-            std::uint32_t before = __shfl_up_sync(0xFFFFFFFFu, mine.code, 1);
-            if (lane == 0) before = code;
-            const unsigned starts = __ballot_sync(0xFFFFFFFFu, valid && mine.code != before);
-            const int here = own_end - at < 32 ? static_cast<int>(own_end - at) : 32;
-            for (int j0 = 0; j0 < here; j0 += batch) {
-                // Beyond `here`, row 0 is read, and not used.
-                const X* row[batch];
-                float value[batch][columns_per_lane];
-#pragma unroll
-                for (int j = 0; j < batch; ++j)
-                    row[j] = a.x.row(first_row + __shfl_sync(0xFFFFFFFFu, mine.row, j0 + j));
-                read_rows(value, row, first, columns, vectors);
-                const int in_batch = here - j0 < batch ? here - j0 : batch;
-                unsigned marks = starts >> j0 & ((1u << in_batch) - 1);
-#pragma unroll 1
-                for (int from = 0; from < in_batch;) {  // one part of the batch for each segment in it
-                    if (marks >> from & 1) {
-                        flush(false);
-                        code = __shfl_sync(0xFFFFFFFFu, mine.code, j0 + from);
-                        marks &= marks - 1;
-                    }
-                    const int to = marks ? __ffs(static_cast<int>(marks)) - 1 : in_batch;
-                    double weights = a.weights ? 0 : to - from;
-#pragma unroll
-                    for (int j = 0; j < batch; ++j) {
-                        const float weight = a.weights ? __shfl_sync(0xFFFFFFFFu, own_weight, j0 + j) : 1.0f;
-                        if (j < from || j >= to) continue;
-                        device::accumulate_row(segment.part, value[j], weight, columns_per_lane, 0, 1);
-                        if (a.weights) weights += weight;
-                    }
-                    if (segment.is_sound()) {
-                        segment.fold();
-                        segment.count += weights;
-                    } else {
-                        add_one_by_one(mine, own_weight, j0 + from, j0 + to);
-                    }
-                    from = to;
-                }
-            }
-        }
         if (own_begin < own_end)
-            flush(true);
+            sum_warp(own_begin, own_end);
         else if (lane == 0)
             shared.code[warp][0] = shared.code[warp][1] = coded_row::none;
         __syncthreads();
@@ -297,11 +461,11 @@ bool has_vectors(const matrix_ref<const X>& x) {
 }
 
 /// Sums of the segments of every run: whole codes to `counts` and `sums`, parts of codes to the partial sums. A block
-/// takes Tile::columns columns of a run. `vectors`: see `has_vectors`, of the columns of a lane.
-template <class Tile, class X>
-__global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::accumulate_args<X> a, sorted_rows s,
-                                                                        bool vectors, bool add,
-                                                                        unsigned long long* invalid_rows) {
+/// takes Tile::columns columns of a run. `vectors`: see `has_vectors`, of the columns of a lane. `Narrow`: there are at
+/// most Tile::narrow_columns columns. `lanes` take a row, see Tile::lanes.
+template <class Tile, bool Narrow, class X>
+__global__ __launch_bounds__(Tile::threads, Narrow ? Tile::narrow_blocks : Tile::blocks) void sum_runs(
+    detail::accumulate_args<X> a, sorted_rows s, int lanes, bool vectors, bool add, unsigned long long* invalid_rows) {
     constexpr int warps = Tile::threads / 32, columns_per_lane = Tile::columns / 32;
     __shared__ segment_storage<Tile> storage;
     arch::wait_for_predecessor();
@@ -335,17 +499,24 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::
     };
 
     unsigned left_out = 0;
-    const int most = static_cast<int>(s.run / warps < Tile::rows_per_warp ? s.run / warps : Tile::rows_per_warp);
-    const open_segment last = sum_segments(
-        storage, a, s.first_row, slice, vectors, begin, end, most, left_out, [&](std::int64_t i) { return s.rows[i]; },
-        [&](std::uint32_t code, const double(&sum)[columns_per_lane], double weights) {
-            const std::int64_t first = slice + lane * columns_per_lane;
+    const auto row_at = [&](std::int64_t i) { return s.rows[i]; };
+    const auto emit_warp = [&](std::int64_t first, std::uint32_t code, const double(&sum)[columns_per_lane],
+                               double weights) {
 #pragma unroll
-            for (int c = 0; c < columns_per_lane; ++c)
-                if (first + c < columns) put(a.sums.row(code)[first + c], sum[c], add);
-            if (lane == 0 && slice == 0) put(a.counts[code], weights, add);
-        },
-        [&](const open_segment& segment) { close(segment, false); });
+        for (int c = 0; c < columns_per_lane; ++c)
+            if (first + c < columns) put(a.sums.row(code)[first + c], sum[c], add);
+        if (first == 0) put(a.counts[code], weights, add);
+    };
+    const auto sum_warp = [&](std::int64_t own_begin, std::int64_t own_end) {
+        if constexpr (Narrow)
+            sum_narrow_rows(storage, a, s.first_row, lanes, vectors, own_begin, own_end, left_out, row_at, emit_warp);
+        else
+            sum_rows(storage, a, s.first_row, slice, vectors, own_begin, own_end, left_out, row_at, emit_warp);
+    };
+    const int room = Narrow ? Tile::narrow_rows * (32 / lanes) : Tile::rows_per_warp;
+    const int most = static_cast<int>(s.run / warps < room ? s.run / warps : room);
+    const open_segment last = sum_segments(storage, begin, end, most, s.rows[begin].code, sum_warp,
+                                           [&](const open_segment& segment) { close(segment, false); });
     close(last, end < count && s.rows[end].code == last.code);
     if (invalid_rows && left_out > 0 && slice == 0 && lane == 0)
         atomicAdd(invalid_rows, static_cast<unsigned long long>(left_out));

@@ -299,23 +299,23 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
             }
         };
         if (length > 0) {
-            add(sum_segments(
-                shared.segments, a, 0, slice, vectors, 0, length, most, left_out,
-                [&](std::int64_t i) {
-                    const std::uint32_t e = shared.listed[i];
-                    return coded_row{e >> storage::row_bits, e & ((1u << storage::row_bits) - 1)};
-                },
-                [&](std::uint32_t code, const double(&sum)[columns_per_lane], double weights) {
-                    const unsigned owner = code >> codes.block_bits;
-                    if (lane * columns_per_lane < width)
-                        shared.box.send(shared.sum + (code & own_mask) * stride + slice + lane * columns_per_lane,
-                                        owner,
-                                        {static_cast<float>(sum[0]), static_cast<float>(sum[1]),
-                                         static_cast<float>(sum[2]), static_cast<float>(sum[3])});
-                    if (lane == 0 && slice == 0)
-                        shared.box.send(&shared.count[code & own_mask], owner, static_cast<float>(weights));
-                },
-                add));
+            const auto row_at = [&](std::int64_t i) {
+                const std::uint32_t e = shared.listed[i];
+                return coded_row{e >> storage::row_bits, e & ((1u << storage::row_bits) - 1)};
+            };
+            const auto emit_warp = [&](std::int64_t first, std::uint32_t code, const double(&sum)[columns_per_lane],
+                                       double weights) {
+                const unsigned owner = code >> codes.block_bits;
+                if (first < stride)
+                    shared.box.send(shared.sum + (code & own_mask) * stride + first, owner,
+                                    {static_cast<float>(sum[0]), static_cast<float>(sum[1]), static_cast<float>(sum[2]),
+                                     static_cast<float>(sum[3])});
+                if (first == 0) shared.box.send(&shared.count[code & own_mask], owner, static_cast<float>(weights));
+            };
+            const auto sum_warp = [&](std::int64_t own_begin, std::int64_t own_end) {
+                sum_rows(shared.segments, a, 0, slice, vectors, own_begin, own_end, left_out, row_at, emit_warp);
+            };
+            add(sum_segments(shared.segments, 0, length, most, row_at(0).code, sum_warp, add));
         }
         if (length < own.y) {  // what is expected of codes whose rows are all bad
             for (unsigned code = 0; code < storage::most_codes; ++code) {
