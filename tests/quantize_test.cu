@@ -474,6 +474,45 @@ TEST_F(QuantizeTest, FewRowsWithManyCopiesEach) {
     }
 }
 
+/// Rows with more candidates than one block lists, among rows with few, with one, with none, and such that no score
+/// decides: a cluster of blocks settles them together. `copies_of`: distinct rows in most of the codebook.
+void expect_exact_together(random_source& random, std::int64_t n, std::int64_t k, std::int64_t d,
+                           std::int64_t copies_of) {
+    SCOPED_TRACE(testing::Message() << "N = " << n << ", K = " << k << ", D = " << d << ", copies of " << copies_of);
+    const auto rows = random.normals<float>(copies_of, d);
+    auto codebook = matrix<float>::generate(k, d, [&](auto code, auto c) {
+        return code % 5 == 4 ? random.normal()
+                             : rows.at(code * 7 % copies_of, c) * (1 + 0x1p-23f * static_cast<float>(code % 3));
+    });
+    codebook(k / 2, d - 1) = nan;
+    codebook(k - 1, 0) = inf;
+    auto x = matrix<float>::generate(n, d, [&](auto i, auto c) {
+        if (i % 7 == 3) return codebook.at((4 + 5 * i) % (k - 1), c);  // one candidate
+        if (i % 7 == 4) return 1e30f * random.normal();                // beyond half precision
+        return rows.at(i % copies_of, c) + 1e-3f * random.normal();
+    });
+    if (n > 5) x(5, d / 2) = nan;
+    if (n > 20) x(20, 0) = -inf;
+    expect_exact(x, codebook);
+}
+
+TEST_F(QuantizeSmall, RowsThatAClusterSettlesTogether) {
+    random_source random;
+    for (const std::int64_t n : {1, 6, 17, 65})
+        for (const std::int64_t d : {5, 70}) expect_exact_together(random, n, 600, d, 2);
+}
+
+TEST_F(QuantizeTest, RowsThatAClusterSettlesTogether) {
+    random_source random;
+    for (const std::int64_t n : {1, 2, 16, 63, 64, 200})
+        for (const std::int64_t d : {8, 64, 128, 256}) {
+            expect_exact_together(random, n, 2048, d, 1);
+            expect_exact_together(random, n, 1000, d, 7);
+        }
+    expect_exact_together(random, 3, 20000, 13, 3);     // several tiles for each warpgroup of sixteen blocks
+    expect_exact_together(random, 8000, 3000, 40, 11);  // a block alone
+}
+
 TEST_F(QuantizeSmall, OutliersAmongCodesAndRows) {
     random_source random;
     for (const float far : {100.0f, 1e5f, 1e10f, 1e30f})

@@ -68,6 +68,11 @@ inline constexpr int tag_mask = ~(image_tile / 4 - 1);
 /// scores the first is the largest.
 __device__ inline int place_of(int tagged_score) { return ~tagged_score & ~tag_mask; }
 
+/// The code whose score thread q of the four that share a row has in such a place.
+__device__ inline int scored_code(int tile, int place, int q) {
+    return tile * image_tile + (place >> 1) * 8 + 2 * q + (place & 1);
+}
+
 /// The float bits of a score with a tag in the low bits: still ordered, as integers, among positive scores.
 __device__ inline int tagged(float score, int mask, int tag) {
     int r;
@@ -180,10 +185,7 @@ __device__ void offer_scores(Part part, const float (&score)[64], int tile, int 
 __device__ inline void conclude(const leaders& lead0, const leaders& lead1, float error0, float error1, bool exact,
                                 int tiles, row_results& results, int row0) {
     const int q = static_cast<int>(threadIdx.x) % 4;
-    const auto code_of = [&](int tagged_score, int tile) {
-        const int at = place_of(tagged_score);
-        return tile * image_tile + (at >> 1) * 8 + 2 * q + (at & 1);
-    };
+    const auto code_of = [&](int tagged_score, int tile) { return scored_code(tile, place_of(tagged_score), q); };
     const int best0 = row_largest(lead0.best), best1 = row_largest(lead1.best);
     if (!exact) {
         const auto put = [&](const leaders& mine, int best, float error, int row) {

@@ -58,12 +58,15 @@ __device__ void write_code(const detail::quantize_args<X, C>& a, const search_ta
     if (tally.rows_without && code < 0) atomicAdd(tally.rows_without, 1ull);
 }
 
-/// The codes of `count` <= 32 rows from `first` on, by a warp; lane r holds that of row r.
+/// Stands for the code of a row that is settled, and written, later.
+inline constexpr std::int64_t row_left_open = -2;
+
+/// The codes of `count` <= 32 rows first, first + step, ... by a warp; lane r holds that of the r-th one.
 template <class X, class C>
 __device__ void write_codes(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t first,
-                            int count, std::int64_t code) {
+                            int step, int count, std::int64_t code) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (lane < count) write_code(a, tally, first + lane, code);
+    if (lane < count && code != row_left_open) write_code(a, tally, first + lane * step, code);
 }
 
 /// Sums of four values over `lanes` lanes each, at least four: those of `v[i]` in the i-th quarter of the lanes.
@@ -81,11 +84,12 @@ __device__ inline float sum_quarters(const float (&v)[4], int lanes) {
     return sum;
 }
 
-/// Quantized rows and distances of `count` <= 32 rows from `first` on, by a warp; lane r holds the code of row r, -1 if
-/// it has none. Each lane adds distances of rows onto its `loss`, always the same ones.
+/// Quantized rows and distances of `count` <= 32 rows first, first + step, ... by a warp; lane r holds the code of the
+/// r-th one, -1 if it has none, or row_left_open. Each lane adds distances of rows onto its `loss`, always the same
+/// ones.
 template <class X, class C>
 __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t first,
-                           int count, std::int64_t code, double& loss) {
+                           int step, int count, std::int64_t code, double& loss) {
     if (!wants_rows(a, tally)) return;
     constexpr unsigned all = 0xFFFFFFFFu;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -101,22 +105,25 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
     // The distance of row r, whose sum of squares lane `owner` of its lanes has. Whole warp.
     const auto put_distance = [&](int r, float sum, bool owner) {
         const std::int64_t k = __shfl_sync(all, code, r & 31);
-        const bool has_code = r < count && k >= 0;
+        const bool has_code = r < count && k >= 0, wanted = owner && r < count && k != row_left_open;
         double distance = has_code ? sum : nan;
         // In float each lane's sums add up at most D / 128 squares: good to the promised error within these limits.
         const bool doubtful = has_code && !(sum >= 0x1p-80f && sum <= 0x1p126f && columns <= 4096);
         for (unsigned again = __ballot_sync(all, doubtful && owner); again != 0; again &= again - 1) {
             const int which = __ffs(again) - 1, own_row = __shfl_sync(all, r, which);
             const std::int64_t own_code = __shfl_sync(all, k, which);
-            const double exact = device::exact_distance(a.x.row(first + own_row), a.codebook.row(own_code), columns);
+            const double exact =
+                device::exact_distance(a.x.row(first + own_row * step), a.codebook.row(own_code), columns);
             if (lane == which) distance = exact;
         }
-        if (!owner || r >= count) return;
-        if (a.distances) a.distances[first + r] = static_cast<float>(distance);
+        if (!wanted) return;
+        if (a.distances) a.distances[first + r * step] = static_cast<float>(distance);
         if (tally.loss && has_code) loss += distance;
     };
 
-    const C* const own_from = code < 0 ? nullptr : a.codebook.row(code);
+    // An open row reads what there is in any case.
+    const C* const own_from = code == row_left_open ? a.codebook.data : code < 0 ? nullptr : a.codebook.row(code);
+    const unsigned open = __ballot_sync(all, code == row_left_open);
     for (int base = 0; base < count; base += batch * rows) {
         const C* from[batch];  // the code's row; null if there is none. Beyond the last row, that one again.
         bool plain = aligned;
@@ -134,13 +141,15 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
             sums[b][2] = fmaf(e.z, e.z, sums[b][2]);
             sums[b][3] = fmaf(e.w, e.w, sums[b][3]);
         };
-        const int left = count - base - start;  // a lane's rows: those b with b * rows below
-        if (__all_sync(all, plain)) {           // as nearly always
+        // Of a lane's rows, b is there if b * rows is below `left`; a row that is not there counts as open.
+        const int left = count - base - start;
+        const auto is_open = [&](int b) { return b * rows >= left || open >> (base + start + b * rows) & 1; };
+        if (__all_sync(all, plain)) {  // as nearly always
             const X* row[batch];
             X* to[batch];
 #pragma unroll
             for (int b = 0; b < batch; ++b) {
-                const std::int64_t r = first + (b * rows < left ? base + start + b * rows : 0);
+                const std::int64_t r = first + (b * rows < left ? base + start + b * rows : 0) * step;
                 row[b] = a.x.row(r);
                 to[b] = a.quantized.row(r);
             }
@@ -153,7 +162,7 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
                 }
 #pragma unroll
                 for (int b = 0; b < batch; ++b)
-                    if (a.quantized && b * rows < left) store4(to[b] + d, c[b]);
+                    if (a.quantized && !is_open(b)) store4(to[b] + d, c[b]);
                 if (!wants_distance) continue;
 #pragma unroll
                 for (int b = 0; b < batch; ++b) add(b, x[b], c[b]);
@@ -163,8 +172,8 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
             for (std::int64_t d = column; d < columns; d += 4 * lanes) {
 #pragma unroll
                 for (int b = 0; b < batch; ++b) {
-                    if (b * rows >= left) continue;
-                    const std::int64_t r = first + base + start + b * rows;
+                    if (is_open(b)) continue;
+                    const std::int64_t r = first + (base + start + b * rows) * step;
                     float4 c{nan, nan, nan, nan};
                     if (from[b]) {
                         c = device::load4(from[b], d, columns);
@@ -197,19 +206,19 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
     __syncwarp();
 }
 
-/// All outputs of the `count` <= Rows rows from `first` on, by a block of `Threads` threads; their codes in shared
-/// memory.
+/// All outputs of the `count` <= Rows rows first, first + step, ... by a block of `Threads` threads; their codes, or
+/// row_left_open, in shared memory.
 template <int Threads, int Rows, class X, class C>
 __device__ void write_tile(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t first,
-                           std::int64_t count, const std::int64_t* codes, double& loss) {
+                           int step, std::int64_t count, const std::int64_t* codes, double& loss) {
     constexpr int share = (Rows - 1) / (Threads / 32) + 1;  // of a warp
     static_assert(share <= 32, "a warp's lanes hold its rows' codes");
     const int lane = static_cast<int>(threadIdx.x) % 32, begin = static_cast<int>(threadIdx.x) / 32 * share;
     const int mine = min(share, static_cast<int>(count) - begin);
     if (mine <= 0) return;
     const std::int64_t code = lane < mine ? codes[begin + lane] : -1;
-    write_codes(a, tally, first + begin, mine, code);
-    write_rows(a, tally, first + begin, mine, code, loss);
+    write_codes(a, tally, first + begin * step, step, mine, code);
+    write_rows(a, tally, first + begin * step, step, mine, code, loss);
 }
 
 /// Adds up the losses of a warp's lanes into `to`.
@@ -247,7 +256,7 @@ __global__ __launch_bounds__(outputs_threads) void write_outputs(const __grid_co
                                device::is_row_finite(a.codebook.row(k), a.x.columns);
             if (lane == r && !sound) code = -1;
         }
-        write_rows(a, tally, first, count, code, loss);
+        write_rows(a, tally, first, 1, count, code, loss);
     }
     if (tally.loss) write_loss(tally.loss + warp, loss);
 }

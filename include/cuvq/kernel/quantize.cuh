@@ -27,7 +27,7 @@ __global__ __launch_bounds__(Policy::threads) void quantize(detail::quantize_arg
         const std::int64_t left = a.x.rows - first;
         const matrix_ref<const X> rows{a.x.row(first), left < Policy::rows ? left : Policy::rows, columns, a.x.stride};
         device::nearest<Policy, D>(storage, rows, a.codebook, codes);
-        write_tile<Policy::threads, Policy::rows>(a, tally, first, rows.rows, codes, loss);
+        write_tile<Policy::threads, Policy::rows>(a, tally, first, 1, rows.rows, codes, loss);
         __syncthreads();  // codes are rewritten for the next tile
     }
     if (tally.loss) write_loss(tally.loss + (std::int64_t{blockIdx.x} * Policy::threads + threadIdx.x) / 32, loss);

@@ -55,7 +55,7 @@ __global__ __launch_bounds__(device::has_tensor_cores<Policy> ? Policy::threads 
                                            a.codebook.stride};
         device::nearest<Policy>(storage, rows, codebook, image.from_tile(part * parts.tiles), codes);
         if (parts.count == 1) {
-            write_tile<Policy::threads, Policy::rows>(a, tally, first, rows.rows, codes, loss);
+            write_tile<Policy::threads, Policy::rows>(a, tally, first, 1, rows.rows, codes, loss);
         } else {
             constexpr int groups_of_lanes = Policy::threads / device::exact_lanes;
             for (int r = threadIdx.x / device::exact_lanes; r < rows.rows; r += groups_of_lanes) {
@@ -103,8 +103,8 @@ __global__ __launch_bounds__(outputs_threads) void choose_part(const __grid_cons
         __syncwarp();
 #pragma unroll
         for (int step = rows; step < 32; step *= 2) choice.merge(0xFFFFFFFFu, step);
-        write_codes(a, tally, first, count, choice.code);
-        write_rows(a, tally, first, count, choice.code, loss);
+        write_codes(a, tally, first, 1, count, choice.code);
+        write_rows(a, tally, first, 1, count, choice.code, loss);
     }
     if (tally.loss) write_loss(tally.loss + warp, loss);
 }

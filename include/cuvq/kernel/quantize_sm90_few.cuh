@@ -2,7 +2,9 @@
 //
 // The search of few rows on Hopper, in one launch and made for latency: a cluster of blocks shares 64 rows. Each of its
 // warpgroups scores them against its own tiles of codes and sends what could win to the block that finishes the row.
-// Nothing waits for the whole cluster but, at the start, for its blocks to be there.
+// Nothing waits for the whole cluster but, at the start, for its blocks to be there, and at the end, for word that they
+// have settled their rows: those with more candidates than were sent, as of a codebook with many copies of a code, are
+// settled by all blocks together.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +23,6 @@
 #include <cuvq/kernel/outputs.cuh>
 #include <cuvq/kernel/prepare.cuh>
 #include <cuvq/kernel/rows_sm90.cuh>
-#include <cuvq/kernel/settle.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::kernel {
@@ -29,8 +30,9 @@ namespace cuvq::kernel {
 /// Sizes of a block, and the most blocks of a cluster.
 inline constexpr int few_warps = 16, few_threads = 32 * few_warps, few_blocks = 16;
 
-/// Stands for the code of a row that is the whole block's: this, or less by what a lead must reach to be a candidate.
-inline constexpr std::int64_t code_aside = -2;
+/// Stands for the code of a row that leads do not settle, and of one that they narrow down to candidates.
+inline constexpr int code_aside = -2, code_listed = -3;
+static_assert(code_aside == row_left_open, "rows of the whole cluster are written later");
 
 /// What one of the four threads that share a row in a warpgroup found: its leaders, and the best of all that it
 /// dropped.
@@ -51,19 +53,38 @@ struct few_shared {
     static constexpr int leads = rows + row_bytes;
     static constexpr int codes = leads + row_results::rows * groups * 4 * static_cast<int>(sizeof(few_lead));
     static constexpr int barriers = codes + row_results::rows * 8;
-    static constexpr int measures = barriers + 8 * (Tile::few_stages + 1);
+    static constexpr int measures = barriers + 8 * (Tile::few_stages + 2);
     static constexpr int bounds = measures + row_results::rows * static_cast<int>(sizeof(row_measure));
-    static constexpr int bytes = bounds + static_cast<int>(sizeof(device::score_bounds));
+    static constexpr int limits = bounds + static_cast<int>(sizeof(device::score_bounds));
+    static constexpr int asked = limits + row_results::rows * 4;
+    static constexpr int bytes = asked + few_blocks * 4;
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
     // Over the tiles of codes, once they are scored: candidates, and their distances. So many of a row are measured one
-    // by one; rows with more, or with unknown ones, are the whole block's.
+    // by one; rows with more, or with unknown ones, are the whole cluster's.
     static constexpr int row_room = rows / 16 / row_results::rows, row_candidates = row_room < 32 ? row_room : 32;
     static constexpr int most_candidates = row_results::rows * row_candidates;
+    // Over the leads, once all rows are concluded: what the cluster finds of rows that these do not settle.
+    static constexpr int masks = leads, choices = masks + groups * row_results::rows * 16;
+    static constexpr int found = choices + row_results::rows * 4 * 16;
+    static constexpr int all_limits = found + row_results::rows * 16;
+    static_assert(all_limits + row_results::rows * 4 <= codes, "the leads leave room for all of it");
 };
 
 #if CUVQ_HAS_WGMMA
 
 using few_mailbox = arch::mailbox<few_blocks>;
+
+/// The rows of a cluster: its blocks, a power of two, finish them in turn, so that of few rows, too, each has some.
+struct few_rows {
+    int blocks, bits, rank;  // bits: log2 of blocks; rank: of this block
+
+    __device__ few_rows(int all_blocks, int own_rank) : blocks(all_blocks), bits(31 - __clz(blocks)), rank(own_rank) {}
+    __device__ int count() const { return row_results::rows >> bits; }
+    /// Of the 64, the block's i-th.
+    __device__ int row(int i) const { return (i << bits) + rank; }
+    __device__ int owner(int row) const { return row & (blocks - 1); }
+    __device__ int own(int row) const { return row >> bits; }
+};
 
 /// Sends a thread's leaders of a row to `to` in the shared memory of block `owner`; in a cluster of one, just there.
 __device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, few_mailbox& box, bool alone) {
@@ -79,17 +100,65 @@ __device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, f
     }
 }
 
+/// The tiles of codes of a block on their way through its shared memory: its j-th goes to the buffer j mod stages, to
+/// be scored by the warpgroup j mod groups.
+template <class Tile>
+struct few_tiles {
+    using shared = few_shared<Tile>;
+    char* operands;       // (stages, 128 codes, steps * 16)
+    std::uint64_t* full;  // (stages)
+    const codebook_image& image;
+    int tiles, blocks, rank;  // of the codebook; of the cluster; of this block
+
+    /// Blocks take tiles in turn.
+    __device__ int tile(int j) const { return j * blocks + rank; }
+    __device__ bool has(int j) const { return tile(j) < tiles; }
+    /// One thread.
+    __device__ void fetch(int j) const {
+        namespace ptx = cuda::ptx;
+        const int stage = j % Tile::few_stages;
+        ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full + stage,
+                                       shared::code_bytes);
+        ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, operands + stage * shared::code_bytes,
+                           image.rows + std::int64_t{tile(j)} * shared::code_bytes, shared::code_bytes, full + stage);
+    }
+    /// How often a walk over all the block's tiles fills a buffer.
+    __device__ int fillings(int stage) const { return (tiles - 1 - tile(stage)) / (blocks * Tile::few_stages) + 1; }
+    /// A warpgroup scores the rows against tile j, which is in its buffer, or on its way: use(score, tile), and before,
+    /// meanwhile(). `row_operand` and `code_operands`: of the rows and of the buffers. `again`: the block has walked
+    /// over all its tiles once before. The buffer is filled again, if there is a tile for it.
+    template <class Meanwhile, class Use>
+    __device__ void score(std::uint32_t row_operand, std::uint32_t code_operands, int j, bool again,
+                          const Meanwhile& meanwhile, const Use& use) const {
+        float score[64];  // (16 pairs of codes, 2 rows, 2)
+        const int stage = j % Tile::few_stages, before = j / Tile::few_stages + (again ? fillings(stage) : 0);
+        while (!cuda::ptx::mbarrier_try_wait_parity(full + stage, before & 1)) {
+        }
+        __syncwarp();
+        arch::wgmma_fence();
+        arch::wgmma_scores<Tile::steps>(score, row_operand,
+                                        arch::uniform(code_operands + stage * (shared::code_bytes >> 4)));
+        arch::wgmma_commit();
+        meanwhile();
+        arch::wgmma_wait();
+        if (has(j + Tile::few_stages)) {  // once all four warps are done with it
+            asm volatile("bar.sync %0, 128;" ::"r"(1 + static_cast<int>(threadIdx.x) / 128) : "memory");
+            if (threadIdx.x % 128 == 0) fetch(j + Tile::few_stages);
+        }
+        use(score, tile(j));
+    }
+};
+
 /// What the lanes of a row conclude from its leads.
 struct few_conclusion {
     int least;   // what a lead must reach to be a candidate; 0 where leads say nothing
     int number;  // of candidates that this lane has seen
     int total;   // of the row
-    int code;    // of the row, or code_aside where only the whole block can tell, or -3: one of the candidates
+    int code;    // of the row, or code_aside, or code_listed
 };
 
 __device__ inline int code_of(int tagged_score, int tile, int lead) {
-    const int at = place_of(tagged_score);
-    return tile * image_tile + (at >> 1) * 8 + 2 * (lead & 3) + (at & 1);
+    return scored_code(tile, place_of(tagged_score), lead & 3);
 }
 
 /// From the `count` leads of the threads that scored a row, four for every warpgroup; a row has at most `most`
@@ -132,8 +201,118 @@ __device__ inline few_conclusion conclude_few(const few_lead* leads, int count, 
         if (step < lanes) c.code = min(c.code, code);
         if (step < lanes) c.total += total;
     }
-    if (c.total > 1) c.code = c.total > most ? static_cast<int>(code_aside) : -3;
+    if (c.total > 1) c.code = c.total > most ? code_aside : code_listed;
     return c;
+}
+
+/// Stands for what a score must reach to be a candidate, where a row is not the whole cluster's. 0: every code is one.
+inline constexpr int no_limit = 0x7FFFFFFF;
+
+/// The codes of the rows aside, by all blocks of a cluster, to `codes`, and there row_left_open for all others: each
+/// block scores its tiles again, now that it is known what a candidate must reach, and measures those that do.
+template <class Tile, class X, class C>
+__device__ void settle_together(const detail::quantize_args<X, C>& a, const few_tiles<Tile>& tiles,
+                                const few_rows& share, char* base, std::int64_t first, std::int64_t* codes) {
+    using shared = few_shared<Tile>;
+    using choice = device::exact_choice;
+    static_assert(sizeof(choice) == 16, "few_shared has room for so much");
+    constexpr int groups = shared::groups, teams = few_warps / 4;  // of four warps, which take wide rows in turn
+    const int warp = static_cast<int>(threadIdx.x) / 32, team = warp / 4, lane = static_cast<int>(threadIdx.x) % 32;
+    auto* own_limits = reinterpret_cast<int*>(base + shared::limits);   // (rows of the block)
+    auto* limits = reinterpret_cast<int*>(base + shared::all_limits);   // (64)
+    auto* masks = reinterpret_cast<unsigned*>(base + shared::masks);    // (groups, 64 rows, 4) a bit for each code
+    auto* choices = reinterpret_cast<choice*>(base + shared::choices);  // (64 rows, 4 warps)
+    auto* found = reinterpret_cast<choice*>(base + shared::found);      // (rows of the block, blocks)
+    for (int i = warp; first + share.row(i) < a.x.rows && i < share.count();
+         i += few_warps) {  // a row that scores say nothing of may have no code
+        if (own_limits[i] != 0 || device::is_row_finite(a.x.row(first + share.row(i)), a.x.columns)) continue;
+        __syncwarp();
+        if (lane == 0) own_limits[i] = no_limit;
+    }
+    for (int i = threadIdx.x; i < row_results::rows * 4; i += few_threads) choices[i] = {};
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // what used the buffers since were ordinary instructions
+    __syncthreads();
+    arch::cluster<few_blocks>::sync();
+    if (const int row = static_cast<int>(threadIdx.x); row < row_results::rows)
+        limits[row] = first + row < a.x.rows
+                          ? *arch::cluster<few_blocks>::at(own_limits + share.own(row), share.owner(row))
+                          : no_limit;
+    __syncthreads();
+    const unsigned low = __ballot_sync(0xFFFFFFFFu, limits[lane] != no_limit);
+    const unsigned high = __ballot_sync(0xFFFFFFFFu, limits[lane + 32] != no_limit);
+    const unsigned long long wide = static_cast<unsigned long long>(high) << 32 | low;
+    if (threadIdx.x == 0)
+        for (int j = 0; j < Tile::few_stages && tiles.has(j); ++j) tiles.fetch(j);
+    __syncwarp();
+    const std::uint32_t row_operand = arch::uniform(arch::operand(base + shared::rows));
+    const std::uint32_t code_operands = arch::operand(base);
+    for (int round = 0; tiles.has(round * groups); ++round) {
+        if (team < groups && tiles.has(round * groups + team)) {
+            tiles.score(
+                row_operand, code_operands, round * groups + team, true, [] {},
+                [&](const float(&score)[64], int) {
+                    const int row0 = warp % 4 * 16 + lane / 4;
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const int limit = limits[row0 + 8 * h];
+                        unsigned bits = 0;
+#pragma unroll
+                        for (int i = 0; i < 32; ++i)
+                            bits |= __float_as_int(score[i / 2 * 4 + 2 * h + i % 2]) >= limit ? 1u << i : 0u;
+                        if (limit == 0) bits = ~0u;  // where integers do not order scores
+                        masks[(team * row_results::rows + row0 + 8 * h) * 4 + lane % 4] = bits;
+                    }
+                });
+        }
+        __syncthreads();
+        // Of each row and tile, eight lanes take eight of the codes.
+        const int octet = static_cast<int>(threadIdx.x) % 128 / 8, q = octet / 4, place0 = octet % 4 * 8;
+        int turn = 0;
+        for (unsigned long long left = wide; left != 0; left &= left - 1) {
+            if (turn++ % teams != team) continue;
+            const int r = __ffsll(static_cast<long long>(left)) - 1;
+            choice best = choices[r * 4 + warp % 4];  // which a lane alone would do, too
+            for (int g = 0; g < groups && tiles.has(round * groups + g); ++g) {
+                unsigned open = masks[(g * row_results::rows + r) * 4 + q] >> place0 & 255u;
+                while (__any_sync(0xFFFFFFFFu, open != 0)) {
+                    int k[2];
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const int place = place0 + __ffs(static_cast<int>(open)) - 1;
+                        const int code = scored_code(tiles.tile(round * groups + g), place, q);
+                        k[i] = open != 0 && code < a.codebook.rows ? code : -1;
+                        open &= open - 1;
+                    }
+                    const C* const from[2] = {a.codebook.row(max(k[0], 0)), a.codebook.row(max(k[1], 0))};
+                    double distances[2];
+                    device::squared_distances(a.x.row(first + r), from, a.x.columns, distances);
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        if (k[i] >= 0) best.consider(distances[i], k[i]);
+                }
+            }
+            best.merge(0xFFFFFFFFu, 8);
+            best.merge(0xFFFFFFFFu, 16);
+            if (lane == 0) choices[r * 4 + warp % 4] = best;
+        }
+        __syncthreads();
+    }
+    const auto nearest_of = [](const choice* from, int count) {
+        choice best;
+        for (int i = 0; i < count; ++i)
+            if (from[i].code >= 0) best.consider(from[i].distance, from[i].code);
+        return best;
+    };
+    if (const int row = static_cast<int>(threadIdx.x); row < row_results::rows && wide >> row & 1)
+        *arch::cluster<few_blocks>::at(found + share.own(row) * share.blocks + share.rank, share.owner(row)) =
+            nearest_of(choices + row * 4, 4);
+    __syncwarp();
+    arch::cluster<few_blocks>::sync();
+    if (const int own = static_cast<int>(threadIdx.x); own < share.count()) {
+        const bool aside = codes[own] == code_aside, is_wide = wide >> share.row(own) & 1;
+        codes[own] = is_wide ? nearest_of(found + own * share.blocks, share.blocks).code : aside ? -1 : row_left_open;
+    }
+    __syncthreads();
 }
 
 #endif  // CUVQ_HAS_WGMMA
@@ -160,34 +339,31 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     auto* codes = reinterpret_cast<std::int64_t*>(base + shared::codes);  // (rows of the block)
     auto* full = arch::kept(reinterpret_cast<std::uint64_t*>(base + shared::barriers));  // (stages)
     auto& box = *reinterpret_cast<few_mailbox*>(full + stages);                // of the leads of all the block's rows
+    auto& asked_box = *reinterpret_cast<few_mailbox*>(full + stages + 1);      // of that question
     auto* measures = reinterpret_cast<row_measure*>(base + shared::measures);  // (64)
     auto* bounds = reinterpret_cast<int*>(base + shared::bounds);
+    auto* limits = reinterpret_cast<int*>(base + shared::limits);  // (rows of the block)
+    auto* asked = reinterpret_cast<int*>(base + shared::asked);    // (blocks) whether one has rows aside
 
     const int warp = static_cast<int>(threadIdx.x) / 32, group = warp / 4, lane = static_cast<int>(threadIdx.x) % 32;
-    const unsigned rank = blockIdx.x % blocks;
+    const int rank = static_cast<int>(blockIdx.x % blocks);
     const std::int64_t first = std::int64_t{blockIdx.x / blocks} * row_results::rows;
     const int columns = static_cast<int>(a.x.columns);
-    const int tiles = static_cast<int>(device::image_ref::tiles(a.codebook.rows));
-    // Blocks take tiles in turn, and of a block's tiles its warpgroups; a part is what one warpgroup takes.
-    const auto tile_of = [&](int j) { return j * static_cast<int>(blocks) + static_cast<int>(rank); };
-    const int parts = min(tiles, groups * static_cast<int>(blocks)), part = tile_of(group);
-    const int block_rows = row_results::rows / static_cast<int>(blocks);  // that the block finishes
-    const auto fetch = [&](int j) {
-        const int stage = j % stages;
-        ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full + stage,
-                                       shared::code_bytes);
-        ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, operands + stage * shared::code_bytes,
-                           image.rows + std::int64_t{tile_of(j)} * shared::code_bytes, shared::code_bytes,
-                           full + stage);
-    };
+    const few_tiles<Tile> tiles{
+        operands, full, image, static_cast<int>(device::image_ref::tiles(a.codebook.rows)), static_cast<int>(blocks),
+        rank};
+    // Of a block's tiles its warpgroups take turns; a part is what one warpgroup takes.
+    const int parts = min(tiles.tiles, groups * tiles.blocks), part = tiles.tile(group);
+    const few_rows share{static_cast<int>(blocks), rank};
     arch::let_successor_start();
     const bool starts = threadIdx.x == few_threads - 32;  // a warp that has the least to do
     __shared__ int listed;                                // candidates of all open rows of the block
     if (starts) {
         listed = 0;
         for (int i = 0; i < stages; ++i) ptx::mbarrier_init(full + i, 1);
+        asked_box.open();
         box.open();  // with a fence for all of them
-        box.expect(block_rows * parts * 4 * static_cast<int>(sizeof(few_lead)));
+        box.expect(share.count() * parts * 4 * static_cast<int>(sizeof(few_lead)));
     }
     if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
     __syncthreads();
@@ -215,10 +391,10 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     __syncthreads();
     if (starts) {
 #pragma unroll 1
-        for (int j = 0; j < stages && tile_of(j) < tiles; ++j) fetch(j);
+        for (int j = 0; j < stages && tiles.has(j); ++j) tiles.fetch(j);
     }
     __syncwarp();
-    load_bounds(image, tiles, bounds);
+    load_bounds(image, tiles.tiles, bounds);
     if (converts) {
         const float scale = *image.scale;
         const auto scaled = [&](const float4& c) {
@@ -246,34 +422,23 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     }
     __syncthreads();
 
-    if (group < groups && part < tiles) {
-        const std::uint32_t row_operand = arch::uniform(arch::kept(arch::operand(rows)));
-        const std::uint32_t code_operands = arch::kept(arch::operand(operands));
+    if (group < groups && part < tiles.tiles) {
         const int row0 = warp % 4 * 16 + lane / 4;
         leaders lead0, lead1;
-        for (int j = group; tile_of(j) < tiles; j += groups) {
-            float score[64];  // (16 pairs of codes, 2 rows, 2)
-            const int stage = j % stages;
-            while (!ptx::mbarrier_try_wait_parity(full + stage, j / stages & 1)) {
-            }
-            __syncwarp();
-            arch::wgmma_fence();
-            arch::wgmma_scores<Tile::steps>(score, row_operand,
-                                            arch::uniform(code_operands + stage * (shared::code_bytes >> 4)));
-            arch::wgmma_commit();
-            const float error0 = measures[row0].error(as_bounds(bounds), Tile::steps);
-            const float error1 = measures[row0 + 8].error(as_bounds(bounds), Tile::steps);
-            arch::wgmma_wait();
-            if (tile_of(j + stages) < tiles) {  // once all four warps are done with it, the stage is free
-                asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-                if (threadIdx.x % 128 == 0) fetch(j + stages);
-            }
-            offer_scores<true>(all_scores{}, score, tile_of(j), mask, exact, error0, error1, lead0, lead1);
-        }
+        const std::uint32_t row_operand = arch::uniform(arch::kept(arch::operand(rows)));
+        const std::uint32_t code_operands = arch::kept(arch::operand(operands));
+        float error0, error1;
+        const auto measure = [&] {
+            error0 = measures[row0].error(as_bounds(bounds), Tile::steps);
+            error1 = measures[row0 + 8].error(as_bounds(bounds), Tile::steps);
+        };
+        for (int j = group; tiles.has(j); j += groups)
+            tiles.score(row_operand, code_operands, j, false, measure, [&](const float(&score)[64], int tile) {
+                offer_scores<true>(all_scores{}, score, tile, mask, exact, error0, error1, lead0, lead1);
+            });
         arch::cluster<few_blocks>::wait();
         const auto send_row = [&](const leaders& lead, int row) {
-            const int owner = row / block_rows;
-            send(lead, leads + ((row - owner * block_rows) * parts + part) * 4 + lane % 4, owner, box, blocks == 1);
+            send(lead, leads + (share.own(row) * parts + part) * 4 + lane % 4, share.owner(row), box, blocks == 1);
         };
         send_row(lead0, row0);
         send_row(lead1, row0 + 8);
@@ -287,17 +452,18 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     auto* candidate_row = candidate + shared::most_candidates;                     // (most_candidates)
     if (blocks > 1) box.receive(0);
     __syncthreads();  // of the rows of a block not every warp has sent some: only now are all done with the operands
-    const int lanes = min(32 / ((block_rows - 1) / few_warps + 1), parts > 4 ? 32 : 16);  // of a row
-    const int start = static_cast<int>(rank) * block_rows, own = lane / lanes * few_warps + warp;
+    const int lanes = min(32 / ((share.count() - 1) / few_warps + 1), parts > 4 ? 32 : 16);  // of a row
+    const int own = lane / lanes * few_warps + warp;
     const bool leads_row = lane % lanes == 0;
-    const std::int64_t left = a.x.rows - first - start;
-    const int count = left < block_rows ? max(static_cast<int>(left), 0) : block_rows;
+    const int row_count = static_cast<int>(min(a.x.rows - first, std::int64_t{row_results::rows}));
+    const int count = row_count > rank ? share.own(row_count - 1 - rank) + 1 : 0;
     int code = 0, own_first = 0, own_candidates = 0;
     if (warp < count) {  // lanes beyond the last row repeat another one
         const int r = own < count ? own : warp;
-        const few_conclusion c = conclude_few(leads + r * parts * 4, parts * 4, shared::row_candidates,
-                                              measures[start + r].error(as_bounds(bounds), Tile::steps), exact, lanes);
-        const bool open = own < count && c.code == -3;
+        const few_conclusion c =
+            conclude_few(leads + r * parts * 4, parts * 4, shared::row_candidates,
+                         measures[share.row(r)].error(as_bounds(bounds), Tile::steps), exact, lanes);
+        const bool open = own < count && c.code == code_listed;
         if (own < count) code = c.code;
         if (__any_sync(0xFFFFFFFFu, open)) {
             own_candidates = open ? c.total : 0;
@@ -326,75 +492,41 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             }
             __syncwarp();
         }
-        if (own < count && leads_row) codes[own] = code == code_aside ? code_aside - c.least : code;
+        if (own < count && leads_row) {
+            codes[own] = code;
+            limits[own] = code == code_aside ? c.least : no_limit;
+        }
     }
-    const bool any_wide = __syncthreads_or(code == code_aside);
+    const int asks = __syncthreads_or(code == code_aside);
+    if (threadIdx.x < blocks && blocks > 1) asked_box.send(asked + rank, threadIdx.x, asks);
+    if (starts) asked_box.expect(blocks * 4);  // by now some may have come in
     if (listed > 0) {
         for (int i = warp; i < listed; i += few_threads / 8) {  // whole warps, as above
             const int mine = min(i + lane / 8 * few_warps, listed - 1);
-            const double d = device::exact_distance(a.x.row(first + start + candidate_row[mine]),
+            const double d = device::exact_distance(a.x.row(first + share.row(candidate_row[mine])),
                                                     a.codebook.row(candidate[mine]), a.x.columns);
             if (lane % 8 == 0) distance[mine] = d;
         }
         __syncthreads();
-        if (code == -3 && leads_row) {
+        if (code == code_listed && leads_row) {
             device::exact_choice choice;
             for (int i = own_first; i < own_first + own_candidates; ++i) choice.consider(distance[i], candidate[i]);
             codes[own] = choice.code;
         }
         __syncthreads();
     }
-    if (any_wide) {
-        __shared__ double distances[few_warps];
-        __shared__ std::int64_t found[few_warps];
-        const open_words everything{{open_words::everything, open_words::none, open_words::none, open_words::none}};
-        constexpr int held = image_tile / 4, groups_of_lanes = few_threads / 8;
-        static_assert((groups_of_lanes & (groups_of_lanes - 1)) == 0, "turns wrap around by a mask");
-        const int lanes_group = static_cast<int>(threadIdx.x) / 8;
-        for (int r = 0; r < count; ++r) {
-            if (codes[r] > code_aside) continue;
-            const int least = static_cast<int>(code_aside - codes[r]);
-            const X* const row = a.x.row(first + start + r);
-            device::exact_choice choice;
-            if (least == 0)
-                consider_words(choice, everything, row, a.codebook, a.x.columns, lanes_group, groups_of_lanes);
-            // Groups of lanes take turns at what leads name, so that none waits long for the others.
-            int turn = 0;
-            for (int i = 0; least > 0 && i < parts * 4; ++i) {
-                const few_lead l = leads[r * parts * 4 + i];
-                if (l.best < least) continue;
-                if (l.rest >= least) {  // something dropped could win: all codes that the thread scored
-                    const int scored = ((tiles - 1 - i / 4) / parts + 1) * held;
-                    device::consider_codes(choice, row, a.codebook, a.x.columns, scored,
-                                           (lanes_group - turn) & (groups_of_lanes - 1), groups_of_lanes,
-                                           [&](std::int64_t at) {
-                                               const int place = static_cast<int>(at) % held;
-                                               const int tile = i / 4 + static_cast<int>(at) / held * parts;
-                                               const std::int64_t k = std::int64_t{tile} * image_tile +
-                                                                      (place >> 1) * 8 + 2 * (i % 4) + (place & 1);
-                                               return min(k, a.codebook.rows - 1);
-                                           });
-                    turn += scored / device::codes_at_once;
-                    continue;
-                }
-                const auto consider = [&](int score, int tile) {
-                    if (score < least || (turn++ & (groups_of_lanes - 1)) != lanes_group) return;
-                    const int k = code_of(score, tile, i);
-                    choice.consider(device::exact_distance(row, a.codebook.row(k), a.x.columns), k);
-                };
-                consider(l.best, l.best_tile);
-                consider(l.best_runner, l.best_tile);
-                consider(l.next, l.next_tile);
-                consider(l.next_runner, l.next_tile);
-            }
-            __syncwarp();
-            merge_block(choice, distances, found);
-            if (threadIdx.x == 0) codes[r] = choice.code;
-            __syncthreads();
-        }
-    }
     double loss = 0;
-    write_tile<few_threads, row_results::rows>(a, tally, first + start, count, codes, loss);
+    for (bool again = false;; again = true) {
+        write_tile<few_threads, row_results::rows>(a, tally, first + rank, tiles.blocks, count, codes, loss);
+        if (again) break;
+        bool any = asks != 0;
+        if (blocks > 1) {
+            asked_box.receive(0);
+            any = __any_sync(0xFFFFFFFFu, lane < tiles.blocks && asked[lane] != 0);
+        }
+        if (__builtin_expect(!any, 1)) break;
+        settle_together(a, tiles, share, base, first, codes);
+    }
     if (tally.loss) write_loss(tally.loss + std::int64_t{blockIdx.x} * few_warps + warp, loss);
 #endif  // CUVQ_HAS_WGMMA
 }

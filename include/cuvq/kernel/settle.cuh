@@ -107,9 +107,8 @@ __device__ bool consider_words(device::exact_choice& choice, const open_words& w
         const auto code_at = [&](std::int64_t at) {
             at += first;
             if (everything) return at;
-            const int place = static_cast<int>(at % held);
             const std::int64_t k =
-                at / held * image_tile + (place >> 1) * 8 + 2 * (word - open_words::column) + (place & 1);
+                scored_code(static_cast<int>(at / held), static_cast<int>(at % held), word - open_words::column);
             return min(k, codebook.rows - 1);  // beyond K: another look at the last code
         };
         if (columns <= alone_columns) {
