@@ -29,6 +29,7 @@ int main() {
     codebook.init_from_rows(x, /*seed=*/1);
     cuvq::quantize(x, codebook.state().codebook, codes, rows);  // nearest rows, exact
 
+    codebook.prepare();  // for many steps: each is spared a launch, and keeps what this made fresh
     cuvq::train_params params = cuvq::ema_params::rectokens();
     params.stats = stats.data().get();
     cuvq::train_step(codebook.state(), x, codes, rows, params);  // nearest rows, then move the codebook

@@ -10,7 +10,9 @@
 
 #include <gtest/gtest.h>
 
+#include <cuvq/quantize.cuh>
 #include <cuvq/reference/codebook.hpp>
+#include <cuvq/train_step.cuh>
 
 #include "support/device.cuh"
 #include "support/random.hpp"
@@ -119,6 +121,39 @@ TEST_F(CodebookSmall, StartsOnAStreamAndInAGraph) {
     expect_same(captured, reference::codebook<float>(40, 6));
     graph.replay();
     expect_same(captured, wanted);
+}
+
+TEST_F(CodebookSmall, APreparedOneLearnsTheSame) {
+    random_source random;
+    constexpr std::int64_t n = 300, k = 40, d = 6;
+    using fixed = matrix_view<const float, 6>;
+    std::vector<device_matrix<float>> batches;
+    for (int i = 0; i < 4; ++i) batches.emplace_back(random.normals<float>(n, d));
+    const auto x = [&](int i) { return fixed(batches[i].data(), n); };
+    device_array<std::int32_t> plain_codes(n), codes(n);
+    codebook<float> plain(k, d), prepared(k, d);
+    EXPECT_EQ(prepared.prepared().data, nullptr);
+    for (const std::uint64_t seed : {1, 2}) {
+        plain.init_from_rows(x(0), seed);
+        prepared.init_from_rows(x(0), seed);
+        EXPECT_EQ(prepared.state().prepared.data, nullptr) << "of other rows";
+        prepared.prepare();
+        EXPECT_NE(prepared.state().prepared.data, nullptr);
+        for (int i = 0; i < 4; ++i) {
+            train_step(plain.state(), x(i), plain_codes.view(), discard, ema_params::rectokens());
+            train_step(prepared.state(), x(i), codes.view(), discard, ema_params::rectokens());
+            EXPECT_EQ(codes.download(), plain_codes.download());
+            EXPECT_TRUE(same_bits(prepared.rows(), plain.rows()));
+        }
+    }
+    codebook<float> copy = prepared;
+    EXPECT_NE(copy.prepared().data, prepared.prepared().data);
+    prepared.init_from_rows(x(1), 3);
+    quantize_params params;
+    params.prepared = copy.prepared();
+    quantize(x(3), copy.state().codebook, codes.view(), discard, discard, params);
+    quantize(x(3), plain.state().codebook, plain_codes.view());
+    EXPECT_EQ(codes.download(), plain_codes.download());
 }
 
 TEST_F(CodebookSmall, RefusesWhatCannotBe) {

@@ -352,7 +352,7 @@ TEST_F(QuantizeTest, AThousandCodes) {
 /// The more bits a code has, the fewer candidates an open row can list: from 512 tiles on.
 TEST_F(QuantizeTest, EqualCodesOfMoreBits) {
     random_source random;
-    for (const std::int64_t k : {65408, 65409, 65536, 65537, 1 << 21}) {
+    for (const std::int64_t k : {65408, 65409, 65535, 65536, 65537, 1 << 21, (1 << 21) + 1}) {
         constexpr std::int64_t d = 8;
         auto codebook = random.normals<float>(k, d);
         auto x = random.normals<float>(70, d);

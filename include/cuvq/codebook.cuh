@@ -17,6 +17,7 @@
 #include <cuvq/detail/view_types.hpp>
 #include <cuvq/kernel/codebook.cuh>
 #include <cuvq/params.hpp>
+#include <cuvq/prepare.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq {
@@ -45,7 +46,8 @@ public:
     /// says; counters zero.
     /// @param x      [N x D] device memory, N >= 1; any element type if T is float, else T.
     /// @param seed   of the permutation; the same rows are chosen on every card and on the CPU.
-    /// @param stream runs here, asynchronously, in one launch.
+    /// @param stream runs here, asynchronously, in one launch. What `prepare` made is of the rows before, so the state
+    ///               does not carry it any more.
     /// @throws std::invalid_argument if x has no row, other columns, or overlaps this codebook; cuvq::cuda_error.
     template <class XView>
     void init_from_rows(const XView& x, std::uint64_t seed, initial_statistics initial = initial_statistics::zeros,
@@ -63,6 +65,25 @@ public:
         detail::check_state_disjoint(function, target, {}, {{"x", m}});
         detail::launch(kernel::init_codebook<T, X>, detail::blocks_for(codes_, 8, 1 << 20), 256, stream, 0, target, m,
                        seed, initial == initial_statistics::one_per_code);
+        is_prepared_ = false;
+    }
+
+    /// Makes of the rows what searches need of them, once: `state()` carries it from here on, so that `train_step` is
+    /// spared that launch and updates keep it fresh; for `quantize` it is `prepared()`. To be called again after
+    /// `init_from_rows`, also where a graph replays that, and after writes of your own to the rows.
+    /// @param stream runs here, asynchronously, in one launch, two for D > 269. Allocates `prepared_codebook_bytes` of
+    ///               device memory the first time, which a graph cannot capture.
+    /// @throws cuvq::cuda_error, thrust::system_error or std::bad_alloc where CUDA fails. Deterministic. O(K D).
+    void prepare(cudaStream_t stream = nullptr) {
+        image_.resize(prepared_codebook_bytes(codes_, dimensions_));
+        is_prepared_ = true;
+        cuvq::prepare(state().codebook, prepared(), stream);
+    }
+
+    /// What `prepare` made, or nothing; valid as the views of `state()` are.
+    prepared_codebook prepared() {
+        if (!is_prepared_) return {};
+        return {thrust::raw_pointer_cast(image_.data()), image_.size()};
     }
 
     /// Views of the arrays, valid while this object lives and is not assigned to or moved.
@@ -71,7 +92,8 @@ public:
                 matrix_view<float>(thrust::raw_pointer_cast(embed_sum_.data()), codes_, dimensions_),
                 vector_view<float>(thrust::raw_pointer_cast(cluster_size_.data()), codes_),
                 vector_view<std::int32_t>(thrust::raw_pointer_cast(steps_since_active_.data()), codes_),
-                thrust::raw_pointer_cast(step_.data())};
+                thrust::raw_pointer_cast(step_.data()),
+                prepared()};
     }
 
     std::int64_t codes() const { return codes_; }            ///< K
@@ -98,6 +120,8 @@ private:
     thrust::device_vector<float> embed_sum_, cluster_size_;
     thrust::device_vector<std::int32_t> steps_since_active_;
     thrust::device_vector<std::int64_t> step_;
+    thrust::device_vector<char> image_;
+    bool is_prepared_ = false;
 };
 
 }  // namespace cuvq
