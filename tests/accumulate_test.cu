@@ -188,7 +188,7 @@ TYPED_TEST(AccumulateTypesSmall, NarrowRowsWithNanRowsAtTheEndsOfCodes) {
     for (const std::int64_t d : {1, 8, 64})
         for (const std::int64_t k : {1, 60, 9000}) expect_sums_without_bad_ends<TypeParam>(random, n, d, k);
     // More rows for a warp than one group of its lanes takes.
-    constexpr std::int64_t many = 5 * sum_tile::least_rows * sum_tile::narrow_runs;
+    constexpr std::int64_t many = 5 * sum_tile::least_rows * sum_tile::wanted_blocks;
     expect_sums_without_bad_ends<TypeParam>(random, many, 3, 700);
 }
 
@@ -272,7 +272,7 @@ TEST_F(AccumulateTest, NarrowRowsByAllGroupsOfAWarp) {
         // Every group has a batch of rows, or two, but the last of a warp.
         const std::int64_t groups = 32 / sum_tile::lanes(d);
         const std::int64_t run = sum_tile::least_rows * (d % 2 == 0 ? groups : 2 * groups - 1);
-        const std::int64_t n = run * sum_tile::narrow_runs + 99;
+        const std::int64_t n = run * sum_tile::wanted_blocks + 99;
         ASSERT_EQ(sum_tile::rows(n, n, d), run);
         const auto rest_to = [&](std::vector<std::int64_t> rows) {
             rows.push_back(n - std::accumulate(rows.begin(), rows.end(), std::int64_t{0}));
@@ -296,7 +296,7 @@ TEST_F(AccumulateTest, NarrowRowsWithNanRowsAtTheEndsOfCodes) {
     random_source random;
     for (const std::int64_t d : {1, 4, 7, 16, 30, 64})
         for (const std::int64_t k : {3, 1000, 60000}) {
-            const std::int64_t n = 16 / sum_tile::lanes(d) * sum_tile::least_rows * sum_tile::narrow_runs + 20000;
+            const std::int64_t n = 16 / sum_tile::lanes(d) * sum_tile::least_rows * sum_tile::wanted_blocks + 20000;
             expect_sums_without_bad_ends<float>(random, n, d, k);
         }
     expect_sums_without_bad_ends<__half>(random, 200000, 10, 900);

@@ -64,7 +64,7 @@ void accumulate(const XView& x, const CodesView& codes, const CountsView& counts
     detail::carver c(memory.data());
     const dispatch::accumulate_scratch m(c, s);
     unsigned long long* invalid_rows = params.stats ? c.take<unsigned long long>(1) : nullptr;
-    if (params.stats) CUVQ_CHECK_CUDA(cudaMemsetAsync(invalid_rows, 0, sizeof(*invalid_rows), stream));
+    if (params.stats) dispatch::clear_tallies(invalid_rows, 1, stream);
     dispatch::accumulate(args, params.add, {}, m, invalid_rows, stream);
     if (params.stats) {
         kernel::stats_parts parts;

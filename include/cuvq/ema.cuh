@@ -31,7 +31,7 @@ struct update_tally {
         if (reports) counters = c.take<unsigned long long>(size);
     }
     void clear(cudaStream_t stream) const {
-        if (counters) CUVQ_CHECK_CUDA(cudaMemsetAsync(counters, 0, size * sizeof(*counters), stream));
+        if (counters) dispatch::clear_tallies(counters, size, stream);
     }
     unsigned long long* invalid_rows() const { return counters; }
     unsigned long long* rows_without() const { return counters ? counters + 3 : nullptr; }
@@ -110,7 +110,7 @@ inline std::size_t ema_apply_workspace_bytes(const shape& s, const ema_params& p
 /// @param params       rule, decay, dead codes; see `ema_params` for each formula and its source.
 /// @param ws           `ema_apply_workspace_bytes` of device memory, or empty: allocated on the stream.
 /// @param stream       everything runs here, asynchronously; may be captured in a graph. One launch for `active_only`
-///                     and `clamp` without `usage_ratio`, else two; one more, and a memset, with `params.stats`.
+///                     and `clamp` without `usage_ratio`, else two; two more with `params.stats`.
 /// @throws std::invalid_argument naming the argument, before any launch; cuvq::cuda_error if a CUDA call fails.
 /// Deterministic: bitwise equal from run to run; replacement draws also on every card and on the CPU. O(K D).
 template <class State, class CountsView, class SumsView, class ReplacementsView>
@@ -155,7 +155,7 @@ inline std::size_t ema_update_workspace_bytes(const shape& s, const ema_params& 
 /// @param ws     `ema_update_workspace_bytes` of device memory, or empty: allocated on the stream.
 /// @param stream everything runs here, asynchronously; may be captured in a graph: a replay is one more step. One
 ///               launch for a batch of `gather_shapes` (N <= 8192, D <= 1024, and K <= 4096 for D <= 256) under
-///               `active_only` and `clamp` without `usage_ratio`; one more, and a memset, with `params.stats`.
+///               `active_only` and `clamp` without `usage_ratio`; two more with `params.stats`.
 /// @throws std::invalid_argument naming the argument, before any launch; cuvq::cuda_error if a CUDA call fails.
 /// Deterministic: bitwise equal from run to run. O(N D + K D) time.
 /// Source: RecTokens `ema_update`; van den Oord et al. 2017, appendix A.1.

@@ -91,9 +91,7 @@ void quantize(const XView& x, const CodebookView& codebook, const CodesView& cod
     const detail::scratch memory(function, ws, quantize_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
     const detail::quantize_scratch m(c, s, params);
-    if (params.stats)
-        CUVQ_CHECK_CUDA(cudaMemsetAsync(m.tally.histogram, 0,
-                                        static_cast<std::size_t>(s.codes + 1) * sizeof(*m.tally.histogram), stream));
+    if (params.stats) dispatch::clear_tallies(m.tally.histogram, s.codes + 1, stream);
     const std::int64_t losses = dispatch::quantize<Tile, dispatch::static_dimensions<XView, CodebookView>()>(
         args, m.tally, m.search, params.accuracy == accuracy::exact, stream);
     if (params.stats) {

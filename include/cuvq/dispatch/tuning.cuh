@@ -124,7 +124,7 @@ struct sum_tile {
     static constexpr int narrow_rows = 32;
     static constexpr int narrow_batch = 8;
     static constexpr int merge_threads = 512;
-    static constexpr long long wanted_runs = 1024, narrow_runs = 256;
+    static constexpr long long wanted_blocks = 256;
     static constexpr long long least_rows = 8 * threads / 32;  // of a run: a batch of loads for each warp
 
     /// Lanes of a warp that take a row: a power of two.
@@ -138,9 +138,10 @@ struct sum_tile {
     /// sums, in double, take at most 8 bytes per row and two copies of the codebook.
     static constexpr long long rows(long long count, long long codes, long long dimensions) {
         const bool narrow = dimensions <= narrow_columns;
+        const long long slices = (dimensions - 1) / columns + 1;
         const long long most = (narrow ? narrow_rows * (32 / lanes(dimensions)) : rows_per_warp) * (threads / 32);
         constexpr long long unit = least_rows;
-        long long run = count / (narrow ? narrow_runs : wanted_runs) / unit * unit;
+        long long run = count * slices / wanted_blocks / unit * unit;
         run = run < unit ? unit : run > most ? most : run;
         // Each run has two parts of D doubles, and two counts.
         const long long room = count / (2 * dimensions + 2) + codes / 2;

@@ -26,53 +26,58 @@ struct stats_parts {
     const unsigned long long* skipped_codes = nullptr;    // [1]
 };
 
+/// Sets tallies to zero, before the kernels that add to them. (A memset would not overlap with those.)
+template <unsigned Threads>
+__global__ __launch_bounds__(Threads) void clear_tallies(unsigned long long* tallies, std::int64_t count) {
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
+    const std::int64_t i = std::int64_t{blockIdx.x} * Threads + threadIdx.x;
+    if (i < count) tallies[i] = 0;
+}
+
+/// Sums that a step_stats is made of.
+struct stats_sums {
+    double loss = 0;                        // squared distances
+    double count = 0, active = 0, log = 0;  // of the codes' shares n: n, those above 0, n ln n
+};
+
 /// Threads of the one block of `write_stats`.
 inline constexpr unsigned stats_threads = 1024;
 
 /// One block of `Threads` threads puts a step_stats together; sums in an order fixed by Threads.
 template <unsigned Threads>
 __global__ __launch_bounds__(Threads) void write_stats(stats_parts parts, step_stats* stats) {
-    using reduce = cub::BlockReduce<double, static_cast<int>(Threads)>;
+    using reduce = cub::BlockReduce<stats_sums, static_cast<int>(Threads)>;
     __shared__ typename reduce::TempStorage storage;
-    __shared__ double shared_total;
     arch::wait_for_predecessor();
     const auto share = [&](std::int64_t k) {
         if (parts.histogram) return static_cast<double>(parts.histogram[k]);
         const float n = parts.counts[k];
         return isfinite(n) && n > 0 ? static_cast<double>(n) : 0.0;
     };
-    const bool has_codes = parts.histogram != nullptr || parts.counts != nullptr;
-
-    double loss = 0, count = 0, active = 0, entropy = 0;
-    for (std::int64_t i = threadIdx.x; i < parts.loss_count; i += Threads) loss += parts.loss[i];
-    if (has_codes) {
+    stats_sums own;
+    for (std::int64_t i = threadIdx.x; i < parts.loss_count; i += Threads) own.loss += parts.loss[i];
+    if (parts.histogram || parts.counts) {
         for (std::int64_t k = threadIdx.x; k < parts.codes; k += Threads) {
-            count += share(k);
-            active += share(k) > 0;
+            const double n = share(k);
+            if (!(n > 0)) continue;
+            own.count += n;
+            own.active += 1;
+            own.log += n * log(n);
         }
     }
-    loss = reduce(storage).Sum(loss);
-    __syncthreads();
-    count = reduce(storage).Sum(count);
-    __syncthreads();
-    active = reduce(storage).Sum(active);
-    if (threadIdx.x == 0) shared_total = count;
-    __syncthreads();
-    const double total = shared_total;
-    if (has_codes && total > 0) {
-        for (std::int64_t k = threadIdx.x; k < parts.codes; k += Threads) {
-            const double p = share(k) / total;
-            if (p > 0) entropy -= p * log(p);
-        }
-    }
-    entropy = reduce(storage).Sum(entropy);
+    const auto add = [](const stats_sums& a, const stats_sums& b) {
+        return stats_sums{a.loss + b.loss, a.count + b.count, a.active + b.active, a.log + b.log};
+    };
+    const stats_sums sums = reduce(storage).Reduce(own, add);
     if (threadIdx.x == 0) {
         const auto value = [](const unsigned long long* p) { return p ? static_cast<std::int64_t>(*p) : 0; };
         step_stats s;
         const std::int64_t with = parts.rows - value(parts.rows_without);
-        if (parts.loss && with > 0) s.commitment_loss = loss / (static_cast<double>(with) * parts.columns);
-        if (total > 0) s.perplexity = exp(entropy);
-        s.active_codes = static_cast<std::int64_t>(active);
+        if (parts.loss && with > 0) s.commitment_loss = sums.loss / (static_cast<double>(with) * parts.columns);
+        // -sum p ln p, of p = n / count
+        if (sums.count > 0) s.perplexity = exp(log(sums.count) - sums.log / sums.count);
+        s.active_codes = static_cast<std::int64_t>(sums.active);
         s.restarted_codes = value(parts.restarted_codes);
         s.invalid_rows = value(parts.invalid_rows);
         s.skipped_codes = value(parts.skipped_codes);
