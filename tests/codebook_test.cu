@@ -136,8 +136,10 @@ TEST_F(CodebookSmall, APreparedOneLearnsTheSame) {
     for (const std::uint64_t seed : {1, 2}) {
         plain.init_from_rows(x(0), seed);
         prepared.init_from_rows(x(0), seed);
-        EXPECT_EQ(prepared.state().prepared.data, nullptr) << "of other rows";
-        prepared.prepare();
+        if (seed == 1) {
+            EXPECT_EQ(prepared.state().prepared.data, nullptr);
+            prepared.prepare();
+        }
         EXPECT_NE(prepared.state().prepared.data, nullptr);
         for (int i = 0; i < 4; ++i) {
             train_step(plain.state(), x(i), plain_codes.view(), discard, ema_params::rectokens());
@@ -146,14 +148,43 @@ TEST_F(CodebookSmall, APreparedOneLearnsTheSame) {
             EXPECT_TRUE(same_bits(prepared.rows(), plain.rows()));
         }
     }
-    codebook<float> copy = prepared;
+    codebook<float> copy = prepared, moved = codebook<float>(copy);
+    EXPECT_NE(copy.prepared().data, moved.prepared().data);
     EXPECT_NE(copy.prepared().data, prepared.prepared().data);
     prepared.init_from_rows(x(1), 3);
     quantize_params params;
-    params.prepared = copy.prepared();
+    params.prepared = moved.prepared();
     quantize(x(3), copy.state().codebook, codes.view(), discard, discard, params);
     quantize(x(3), plain.state().codebook, plain_codes.view());
     EXPECT_EQ(codes.download(), plain_codes.download());
+}
+
+TEST_F(CodebookSmall, APreparedOneInAGraph) {
+    random_source random;
+    constexpr std::int64_t n = 200, k = 500, d = 20;
+    const device_matrix<float> first(random.normals<float>(n, d)), second(random.normals<float>(n, d));
+    device_array<std::int32_t> plain_codes(n), codes(n);
+    codebook<float> plain(k, d), prepared(k, d);
+    prepared.prepare();
+    captured_graph graph([&](cudaStream_t s) {
+        prepared.init_from_rows(first.view(), 9, initial_statistics::zeros, s);
+        train_step(prepared.state(), first.view(), codes.view(), discard, ema_params::rectokens(), {}, s);
+        train_step(prepared.state(), second.view(), codes.view(), discard, ema_params::rectokens(), {}, s);
+    });
+    plain.init_from_rows(first.view(), 9);
+    train_step(plain.state(), first.view(), plain_codes.view(), discard, ema_params::rectokens());
+    train_step(plain.state(), second.view(), plain_codes.view(), discard, ema_params::rectokens());
+    for (int replay = 0; replay < 2; ++replay) {
+        graph.replay();
+        EXPECT_EQ(codes.download(), plain_codes.download());
+        EXPECT_TRUE(same_bits(prepared.rows(), plain.rows()));
+    }
+}
+
+TEST_F(CodebookSmall, OneThatNothingIsPreparedOf) {
+    codebook<float> wide(2, 65537);
+    wide.prepare();
+    EXPECT_EQ(wide.prepared().data, nullptr);
 }
 
 TEST_F(CodebookSmall, RefusesWhatCannotBe) {

@@ -509,8 +509,10 @@ TEST_F(QuantizeTest, RowsThatAClusterSettlesTogether) {
             expect_exact_together(random, n, 2048, d, 1);
             expect_exact_together(random, n, 1000, d, 7);
         }
-    expect_exact_together(random, 3, 20000, 13, 3);     // several tiles for each warpgroup of sixteen blocks
-    expect_exact_together(random, 8000, 3000, 40, 11);  // a block alone
+    // Several tiles for each warpgroup of sixteen blocks, and not for each as many; then clusters of fewer.
+    for (const auto& [k, d] : {std::pair<std::int64_t, std::int64_t>{20000, 13}, {13000, 70}, {9000, 128}, {7000, 256}})
+        expect_exact_together(random, 3, k, d, 3);
+    for (const std::int64_t n : {1500, 3000, 8000}) expect_exact_together(random, n, 1000, 40, 11);
 }
 
 TEST_F(QuantizeSmall, OutliersAmongCodesAndRows) {
@@ -537,6 +539,46 @@ float nudged(float v, std::int64_t ulps) {
     for (; ulps > 0; --ulps) v = std::nextafter(v, inf);
     for (; ulps < 0; ++ulps) v = std::nextafter(v, -inf);
     return v;
+}
+
+TEST_F(QuantizeSmall, NearestByApproximationIsNotTheNearest) {
+    random_source random;
+    // Rounding to fp16, or to two halves, reverses the order of codes that x lies between, many times over.
+    for (const std::int64_t d : {1, 3, 4, 16, 128, 256}) {
+        const auto base = random.normals<float>(40, d);
+        const float least = d <= 4 ? 0x1p-23f : 0x1p-13f;
+        const auto codebook = matrix<float>::generate(240, d, [&](auto k, auto c) {
+            return base.at(k / 6, c) * (1 + least * static_cast<float>(random.integer(-8, 8)));
+        });
+        expect_exact(matrix<float>::generate(130, d,
+                                             [&](auto i, auto c) {
+                                                 const std::int64_t k = 6 * (i % 40);
+                                                 return 0.5f * (codebook.at(k, c) + codebook.at(k + 1, c));
+                                             }),
+                     codebook);
+    }
+}
+
+TEST_F(QuantizeSmall, SumsThatLoseWhatTheirOrderSays) {
+    random_source random;
+    // Codes are permutations of each other, but for the last bits, and rows are almost constant, so all true scores are
+    // almost equal. What a sum of products loses on the way depends on where its one large term stands.
+    for (const std::int64_t d : {16, 64, 128, 256})
+        for (const float large : {1.0f, 64.0f}) {
+            std::vector<float> small;
+            for (std::int64_t c = 0; c < d; ++c)
+                small.push_back(0x1p-11f * (1 + 0x1p-9f * static_cast<float>(random.integer(0, 511))));
+            const auto codebook = matrix<float>::generate(300, d, [&](auto k, auto c) {
+                const float value = c == k % d ? large : small[(c + d - k % d) % d];
+                return value * (1 + 0x1p-20f * static_cast<float>(random.integer(-2, 2)));
+            });
+            expect_exact(matrix<float>::generate(100, d,
+                                                 [&](auto i, auto) {
+                                                     const float sign = i % 2 ? 1 : -1, size = 0.25f * (1 + i % 9);
+                                                     return sign * size * (1 + 0x1p-14f * random.normal());
+                                                 }),
+                         codebook);
+        }
 }
 
 TEST_F(QuantizeSmall, NearTiesOfOneUlp) {

@@ -46,8 +46,7 @@ public:
     /// says; counters zero.
     /// @param x      [N x D] device memory, N >= 1; any element type if T is float, else T.
     /// @param seed   of the permutation; the same rows are chosen on every card and on the CPU.
-    /// @param stream runs here, asynchronously, in one launch. What `prepare` made is of the rows before, so the state
-    ///               does not carry it any more.
+    /// @param stream runs here, asynchronously, in one launch; after `prepare`, also what that does.
     /// @throws std::invalid_argument if x has no row, other columns, or overlaps this codebook; cuvq::cuda_error.
     template <class XView>
     void init_from_rows(const XView& x, std::uint64_t seed, initial_statistics initial = initial_statistics::zeros,
@@ -65,24 +64,29 @@ public:
         detail::check_state_disjoint(function, target, {}, {{"x", m}});
         detail::launch(kernel::init_codebook<T, X>, detail::blocks_for(codes_, 8, 1 << 20), 256, stream, 0, target, m,
                        seed, initial == initial_statistics::one_per_code);
-        is_prepared_ = false;
+        if (!image_.empty()) prepare(stream);
     }
 
-    /// Makes of the rows what searches need of them, once: `state()` carries it from here on, so that `train_step` is
-    /// spared that launch and updates keep it fresh; for `quantize` it is `prepared()`. To be called again after
-    /// `init_from_rows`, also where a graph replays that, and after writes of your own to the rows.
-    /// @param stream runs here, asynchronously, in one launch, two for D > 269. Allocates `prepared_codebook_bytes` of
-    ///               device memory the first time, which a graph cannot capture.
+    /// Makes of the rows what searches need of them: `state()` carries it from here on, so that `train_step` is spared
+    /// that launch, and updates keep it fresh; for `quantize` it is `prepared()`. States taken before, and graphs
+    /// captured with them, do not know of it, and must not move the rows any more. To be called again after writes of
+    /// your own to the rows.
+    /// @param stream runs here, asynchronously, in one launch, two for D > 269. The first time also allocates
+    ///               `prepared_codebook_bytes` of device memory, and waits for that, which a graph cannot capture.
+    ///               Where these are 0, does nothing.
     /// @throws cuvq::cuda_error, thrust::system_error or std::bad_alloc where CUDA fails. Deterministic. O(K D).
     void prepare(cudaStream_t stream = nullptr) {
-        image_.resize(prepared_codebook_bytes(codes_, dimensions_));
-        is_prepared_ = true;
-        cuvq::prepare(state().codebook, prepared(), stream);
+        const std::size_t bytes = prepared_codebook_bytes(codes_, dimensions_);
+        if (bytes == 0) return;
+        thrust::device_vector<char> first(image_.empty() ? bytes : 0);
+        auto& image = image_.empty() ? first : image_;
+        cuvq::prepare(state().codebook, {thrust::raw_pointer_cast(image.data()), bytes}, stream);
+        if (image_.empty()) image_.swap(first);
     }
 
     /// What `prepare` made, or nothing; valid as the views of `state()` are.
     prepared_codebook prepared() {
-        if (!is_prepared_) return {};
+        if (image_.empty()) return {};
         return {thrust::raw_pointer_cast(image_.data()), image_.size()};
     }
 
@@ -121,7 +125,6 @@ private:
     thrust::device_vector<std::int32_t> steps_since_active_;
     thrust::device_vector<std::int64_t> step_;
     thrust::device_vector<char> image_;
-    bool is_prepared_ = false;
 };
 
 }  // namespace cuvq

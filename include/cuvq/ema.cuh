@@ -22,7 +22,7 @@ namespace cuvq {
 namespace detail {
 
 /// Counters of an update that reports statistics: [invalid rows, restarted codes, skipped codes, rows without a code].
-/// The last is a search's: all are cleared at once, before the first launch, so that nothing comes between the others.
+/// The last is a search's: all are cleared at once, before the other launches, so that nothing comes between these.
 struct update_tally {
     static constexpr std::int64_t size = 4;
     unsigned long long* counters = nullptr;

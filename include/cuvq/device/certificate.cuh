@@ -242,15 +242,12 @@ __device__ inline float filter_limit(float least, std::int64_t columns) {
     return limit <= largest ? limit : __int_as_float(0x7FC00000);
 }
 
-/// Codes that a group of eight lanes measures at a time.
-inline constexpr int codes_at_once = 4;
-
 /// Considers those of the codes at(0) .. at(count - 1) that group `group` of `groups` groups of eight lanes is to take
 /// and that the filter does not rule out: some at a time, so that their loads overlap. `at` may name a code twice.
 template <class X, class C, class At>
 __device__ void consider_codes(exact_choice& choice, const X* row, const matrix_ref<const C>& codebook,
                                std::int64_t columns, std::int64_t count, int group, int groups, At at) {
-    constexpr int batch = codes_at_once;
+    constexpr int batch = 4;
     const auto code_at = [&](std::int64_t i) { return at(i < count ? i : count - 1); };
     float least = __int_as_float(0x7F800000);
     for (std::int64_t i = std::int64_t{group} * batch; i < count; i += std::int64_t{groups} * batch) {

@@ -112,15 +112,15 @@ inline constexpr long long most_simt_steps = 16, most_simt_rows = 8192;
 
 /// `kernel/accumulate.cuh`: a block sums `columns` columns of a run of sorted rows, each warp at most `rows_per_warp`
 /// at a time; `blocks` of them fit a multiprocessor. Of rows of up to `narrow_columns` columns, a group of lanes takes
-/// one, `narrow_rows` at most at a time, with the loads of `narrow_batch` under way. `merge_threads` add up the runs of
-/// a code.
+/// one, `narrow_rows` at most at a time, with the loads of `narrow_batch` under way. There are `wanted_blocks` where
+/// that leaves none of them without a batch, or with more rows than one time: about as many as a large card holds at
+/// once. `merge_threads` add up the runs of a code.
 struct sum_tile {
     static constexpr int threads = 256;
     static constexpr int blocks = 2;
     static constexpr int columns = 128;
     static constexpr int rows_per_warp = 64;
     static constexpr int narrow_columns = 64;
-    static constexpr int narrow_blocks = 2;
     static constexpr int narrow_rows = 32;
     static constexpr int narrow_batch = 8;
     static constexpr int merge_threads = 512;
@@ -135,7 +135,7 @@ struct sum_tile {
     }
 
     /// Rows of one run, for `count` rows: short enough that all multiprocessors are busy, long enough that the partial
-    /// sums, in double, take at most 8 bytes per row and two copies of the codebook.
+    /// sums, in double, take at most 8 bytes per row and two copies of the codebook (of a single code four).
     static constexpr long long rows(long long count, long long codes, long long dimensions) {
         const bool narrow = dimensions <= narrow_columns;
         const long long slices = (dimensions - 1) / columns + 1;

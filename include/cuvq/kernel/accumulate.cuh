@@ -262,6 +262,7 @@ __device__ void sum_narrow_rows(segment_storage<Tile>& shared, const detail::acc
                                 std::int64_t first_row, int lanes, bool vectors, std::int64_t begin, std::int64_t end,
                                 unsigned& left_out, const RowAt& row_at, const EmitWarp& emit_warp) {
     constexpr int columns_per_lane = Tile::columns / 32, batch = Tile::narrow_batch;
+    static_assert(2 * Tile::narrow_columns <= Tile::columns, "a warp takes several rows");
     constexpr unsigned all = 0xFFFFFFFFu;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int groups = 32 / lanes, group = lane / lanes, column = lane % lanes * columns_per_lane;
@@ -405,8 +406,8 @@ __device__ void sum_narrow_rows(segment_storage<Tile>& shared, const detail::acc
 /// @param most     rows of a warp at a time.
 /// @param code     of the first row.
 /// @param sum_warp (begin, end): called by one warp, sums these rows as `sum_rows` does.
-/// @param emit     (open_segment): called by the block where a segment ends that is not the last, and of which no warp
-///                 has all.
+/// @param emit     (open_segment): called by the block where a segment ends that is not the last, and that is some
+///                 warp's first or last.
 /// Returns the last segment. Ends with a barrier. `begin` < `end`.
 template <class Tile, class SumWarp, class Emit>
 __device__ open_segment sum_segments(segment_storage<Tile>& shared, std::int64_t begin, std::int64_t end, int most,
@@ -464,8 +465,9 @@ bool has_vectors(const matrix_ref<const X>& x) {
 /// takes Tile::columns columns of a run. `vectors`: see `has_vectors`, of the columns of a lane. `Narrow`: there are at
 /// most Tile::narrow_columns columns. `lanes` take a row, see Tile::lanes.
 template <class Tile, bool Narrow, class X>
-__global__ __launch_bounds__(Tile::threads, Narrow ? Tile::narrow_blocks : Tile::blocks) void sum_runs(
-    detail::accumulate_args<X> a, sorted_rows s, int lanes, bool vectors, bool add, unsigned long long* invalid_rows) {
+__global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::accumulate_args<X> a, sorted_rows s,
+                                                                        int lanes, bool vectors, bool add,
+                                                                        unsigned long long* invalid_rows) {
     constexpr int warps = Tile::threads / 32, columns_per_lane = Tile::columns / 32;
     __shared__ segment_storage<Tile> storage;
     arch::wait_for_predecessor();

@@ -162,9 +162,8 @@ __device__ inline int code_of(int tagged_score, int tile, int lead) {
 }
 
 /// From the `count` leads of the threads that scored a row, four for every warpgroup; a row has at most `most`
-/// candidates one by one. `lanes` lanes a row, a power of
-/// two; whole warps, converged: shuffles of diverged ones are slow. Loops over leads are not unrolled: they are short,
-/// and run from a cold instruction cache.
+/// candidates one by one. `lanes` lanes a row, a power of two; whole warps, converged: shuffles of diverged ones are
+/// slow. Loops over leads are not unrolled: they are short, and run from a cold instruction cache.
 __device__ inline few_conclusion conclude_few(const few_lead* leads, int count, int most, float error, bool exact,
                                               int lanes) {
     constexpr unsigned all = 0xFFFFFFFFu;

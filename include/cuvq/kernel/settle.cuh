@@ -82,10 +82,10 @@ inline constexpr int most_segments = 1024;                     // finishing warp
 inline constexpr std::int64_t alone_columns = 32;
 
 /// Considers the codes that the words of an open row name: those that group `group` of `groups` groups of eight lanes
-/// is to take, and of what a word names without a list, part `part` of `parts`. Each lane has its own choice then.
-/// False if a word says everything and the row is not finite, so that it has no code. Whole warps call it.
+/// is to take, and of what a word names without a list, part `part` of `parts`. Each lane has its own choice then; none
+/// if a word says everything and the row is not finite. Whole warps call it.
 template <class X, class C>
-__device__ bool consider_words(device::exact_choice& choice, const open_words& words, const X* row,
+__device__ void consider_words(device::exact_choice& choice, const open_words& words, const X* row,
                                const matrix_ref<const C>& codebook, std::int64_t columns, int group, int groups,
                                int part = 0, int parts = 1) {
     constexpr int held = image_tile / 4;  // codes of a tile that a thread holds
@@ -100,7 +100,7 @@ __device__ bool consider_words(device::exact_choice& choice, const open_words& w
             continue;
         }
         const bool everything = word == open_words::everything;
-        if (everything && !device::is_row_finite(row, columns)) return false;
+        if (everything && !device::is_row_finite(row, columns)) return;
         const std::int64_t all = everything ? codebook.rows : std::int64_t{code_tiles} * held;
         const std::int64_t each = (all - 1) / parts + 1, first = part * each;
         const std::int64_t mine = min(each, all - first);
@@ -121,7 +121,6 @@ __device__ bool consider_words(device::exact_choice& choice, const open_words& w
         }
     }
     __syncwarp();
-    return true;
 }
 
 /// The choice of a warp, from those of its lanes.

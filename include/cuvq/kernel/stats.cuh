@@ -75,8 +75,8 @@ __global__ __launch_bounds__(Threads) void write_stats(stats_parts parts, step_s
         step_stats s;
         const std::int64_t with = parts.rows - value(parts.rows_without);
         if (parts.loss && with > 0) s.commitment_loss = sums.loss / (static_cast<double>(with) * parts.columns);
-        // -sum p ln p, of p = n / count
-        if (sums.count > 0) s.perplexity = exp(log(sums.count) - sums.log / sums.count);
+        // Of -sum p ln p, p = n / count; rounding must not carry it beyond what can be.
+        if (sums.count > 0) s.perplexity = fmin(fmax(exp(log(sums.count) - sums.log / sums.count), 1.0), sums.active);
         s.active_codes = static_cast<std::int64_t>(sums.active);
         s.restarted_codes = value(parts.restarted_codes);
         s.invalid_rows = value(parts.invalid_rows);
