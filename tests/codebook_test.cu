@@ -16,7 +16,6 @@
 
 #include "support/device.cuh"
 #include "support/random.hpp"
-#include "support/searches.cuh"
 #include "support/types.hpp"
 
 namespace cuvq::test {
