@@ -349,10 +349,10 @@ TEST_F(QuantizeTest, AThousandCodes) {
         expect_exact(random.normals<float>(777, d), random.normals<float>(1000, d));
 }
 
-/// The more bits a code has, the fewer candidates an open row can list: from 512 tiles on.
+/// The more bits a code has, the fewer candidates an open row can list: from 256 tiles on.
 TEST_F(QuantizeTest, EqualCodesOfMoreBits) {
     random_source random;
-    for (const std::int64_t k : {65408, 65409, 65535, 65536, 65537, 1 << 21, (1 << 21) + 1}) {
+    for (const std::int64_t k : {32640, 32641, 65535, 65536, 65537, 1 << 21, (1 << 21) + 1}) {
         constexpr std::int64_t d = 8;
         auto codebook = random.normals<float>(k, d);
         auto x = random.normals<float>(70, d);
@@ -399,6 +399,27 @@ TEST_F(QuantizeSmall, OneRepeatedRow) {
     EXPECT_EQ(got.codes, std::vector<std::int64_t>(70, 0));
 }
 
+/// All scores are 0, and so is the bound on their error: a tag must not pass for a score.
+TEST_F(QuantizeSmall, NothingButZeros) {
+    for (const std::int64_t d : {3, 12, 70, 140, 200, 300})
+        for (const std::int64_t k : {1, 300, 5000}) {
+            const matrix<float> zeros(k, d, 0.0f);
+            const auto got = expect_exact(matrix<float>(70, d, 0.0f), zeros);
+            EXPECT_EQ(got.codes, std::vector<std::int64_t>(70, 0));
+            // One code differs from the others and from the row by less than scores can say.
+            auto codebook = matrix<float>(k, d, 1.0f);
+            codebook(k / 6, d - 1) = 0.5f;
+            auto x = matrix<float>(70, d, 1.0f);
+            for (std::int64_t i = 0; i < x.rows; i += 2) x(i, d - 1) = 0.5f;
+            expect_exact(x, codebook);
+            auto tiny = zeros;
+            tiny(k / 6, 0) = 1e-30f;
+            auto near = matrix<float>(70, d, 0.0f);
+            for (std::int64_t i = 0; i < near.rows; i += 2) near(i, 0) = 1e-30f;
+            expect_exact(near, tiny);
+        }
+}
+
 TEST_F(QuantizeSmall, ManyCopiesOfFewRows) {
     random_source random;
     const auto rows = random.normals<float>(7, 5);
@@ -423,6 +444,42 @@ TEST_F(QuantizeSmall, SomeCopiesOfARowAnywhereInTheCodebook) {
                              65, 6, [&](auto i, auto d) { return row.at(0, d) + 1e-3f * i * random.normal(); }),
                          codebook);
         }
+}
+
+/// Hopper's search of many rows keeps apart the codes that one thread scores by tile and group of eight places, and
+/// those of a group by their place in it: rows whose near codes meet in some of these, in few and many tiles.
+TEST_F(QuantizeSmall, NearCodesAmongThoseOfOneThread) {
+    random_source random;
+    for (const auto& [k, d] :
+         {std::pair<std::int64_t, std::int64_t>{128, 6}, {1000, 3}, {1000, 40}, {4096, 6}, {4224, 6}, {33000, 5}}) {
+        const std::int64_t tiles = (k - 1) / 128 + 1;
+        for (const int copies : {2, 3, 4, 5, 6, 9, 12})
+            for (const int pattern : {0, 1, 2, 3}) {
+                auto codebook = random.normals<float>(k, d);
+                const auto row = random.normals<float>(1, d);
+                const std::int64_t q = random.integer(0, 3), tile0 = random.integer(0, tiles - 1);
+                const std::int64_t group0 = random.integer(0, 3), column0 = random.integer(0, 7);
+                for (int copy = 0; copy < copies; ++copy) {
+                    // One group; one column; three of each; anything.
+                    const std::int64_t tile = pattern == 0 ? tile0 : random.integer(0, tiles - 1);
+                    const std::int64_t group = pattern == 0   ? group0
+                                               : pattern == 2 ? random.integer(0, 2)
+                                                              : random.integer(0, 3);
+                    const std::int64_t column = pattern == 1   ? column0
+                                                : pattern == 2 ? random.integer(0, 2)
+                                                               : random.integer(0, 7);
+                    const std::int64_t place = group * 8 + column;
+                    const std::int64_t at =
+                        std::min(k - 1, (pattern == 2 ? tile0 : tile) * 128 + place / 2 * 8 + 2 * q + place % 2);
+                    for (std::int64_t c = 0; c < d; ++c) codebook(at, c) = row.at(0, c);
+                    codebook(at, copy % d) *= 1 + 0x1p-23f * static_cast<float>(random.integer(0, copies % 3));
+                }
+                expect_exact(
+                    matrix<float>::generate(
+                        70, d, [&](auto i, auto c) { return row.at(0, c) + 1e-3f * (i % 35) * random.normal(); }),
+                    codebook);
+            }
+    }
 }
 
 TEST_F(QuantizeSmall, SomeRowsNearMoreCodesThanAreListed) {

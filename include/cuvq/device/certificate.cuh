@@ -49,12 +49,12 @@
 // products exceeds (1 + 2^-10) |H| |H_C| <= 1.002 |X^| |C^|, which the image's |C^| is 1.002 times too large for.
 // `score_error` is the sum, e, with the norms of C their maxima over the codebook; the factors by which the callers
 // round their norms up (1.0005, 1.0001) pay for the float arithmetic that evaluates it. If b has the largest S^ and w
-// is the exact code, S_w >= S_b - (the float64 part of e), and each S^ is
-// within the rest of e of its S, so S^_w >= S^_b - 2 e: codes below that cannot win. Tagging a score's low 5
-// bits moves it by less than 2^-18 of itself, two scores by 2^-17: the limit is lowered by that of the best. The
-// comparison is one of integers, right for positive floats only: a row whose limit is not above 0, or is NaN because a
-// norm is (the row or a code did not fit fp16), takes the full float64 pass. Codes that are not finite have n = -60000
-// t, so they lose to any positive limit.
+// is the exact code, S_w >= S_b - (the float64 part of e), and each S^ is within the rest of e of its S, so S^_w >=
+// S^_b - 2 e: codes below that cannot win. Tagging a score's low 5 bits moves it by less than 2^-18 of itself, two
+// scores by 2^-17: the limit is lowered by that of the best (of 7 bits, by four times as much). That holds unless a
+// score is 0; others are at least 2^-48. The comparison is one of integers, right for positive floats only. So a row
+// whose limit is not above 0 by more than a tag, or is NaN because a norm is (the row or a code did not fit fp16),
+// takes the full float64 pass. Codes that are not finite have n = -60000 t, so they lose to any positive limit.
 #pragma once
 
 #include <cstddef>

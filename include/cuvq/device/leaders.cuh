@@ -66,11 +66,15 @@ struct wide_row_leaders {
 
 /// The least tagged score that a row's nearest code can have when `best` is the largest and `error` its bound;
 /// `least_score` where none can be told: not above 0, where integers do not order scores, or NaN. While `best` rises,
-/// it falls by no more than its slack allows.
-__device__ inline int least_candidate(int best, float error) {
-    // A tag moved the two scores by up to 32 units in the last place each.
-    const float score = __int_as_float(best), limit = score - 2.0002f * error - 0x1.2p-17f * score;
-    return limit > 0.0f ? __float_as_int(limit) : least_score;
+/// it falls by no more than its slack allows. `TagBits`: how many low bits a tag takes, five at least.
+template <int TagBits = 5>
+__device__ int least_candidate(int best, float error) {
+    // A tag moved the two scores by up to 2^TagBits units in the last place each.
+    constexpr float slack = 0x1.2p-17f * (1 << (TagBits - 5));
+    const float score = __int_as_float(best), limit = score - 2.0002f * error - slack * score;
+    // No score but 0 is below 2^-48 in magnitude, the last place of a product of halves. Of 0 a tag makes something
+    // larger, which says nothing.
+    return limit > 0x1p-100f ? __float_as_int(limit) : least_score;
 }
 
 }  // namespace cuvq::device

@@ -205,8 +205,8 @@ std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const k
     const std::int64_t blocks = std::min<std::int64_t>({processors, groups, most_blocks});
     detail::allow_shared_bytes(search, shared::allocated);
     detail::launch_dependent(search, static_cast<unsigned>(blocks), static_cast<unsigned>(shared::threads), stream,
-                             shared::allocated, 1, args, scratch.image, tally, scratch.open, skip_tiles, exact,
-                             kernel::tag_mask);
+                             shared::allocated, 1, args, scratch.image, tally, scratch.open, exact,
+                             exact ? kernel::group_tag_mask : kernel::tag_mask);
     detail::launch_dependent(kernel::settle_rows<X, C>, static_cast<unsigned>(processors * kernel::settle_blocks),
                              kernel::settle_threads, stream, 0, 1, args, tally, scratch.open, static_cast<int>(blocks));
     if (!kernel::wants_rows(args, tally)) return 0;

@@ -52,9 +52,6 @@ constexpr int few_room(long long cluster, int processors) {
     return cluster > 8 ? processors / 2 : cluster > 2 ? processors * 10 / 11 : processors;
 }
 
-/// From this many tiles of codes on, a quarter of one is looked at closely only if its largest scores could still win.
-inline constexpr int skip_tiles = 24;
-
 /// Blocks that make the image of a codebook, if they suffice. Each begins with work that does not depend on its share
 /// of the codes, so there are as many as find room at once on a large card.
 inline constexpr int prepare_blocks = 264;

@@ -17,11 +17,11 @@
 #include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/device/image.cuh>
-#include <cuvq/kernel/filter_sm90.cuh>
 #include <cuvq/kernel/outputs.cuh>
 #include <cuvq/kernel/prepare.cuh>
 #include <cuvq/kernel/rows_sm90.cuh>
 #include <cuvq/kernel/settle.cuh>
+#include <cuvq/kernel/table_filter_sm90.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::kernel {
@@ -52,6 +52,27 @@ struct sm90_shared {
     static constexpr int bytes = barriers + 8 * 2 * (Tile::stages + Tile::row_buffers + result_buffers);
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
     static constexpr int threads = 128 * (Tile::consumers + 2);
+};
+
+/// Lets consumers start the products of their tiles one after the other, from the first on: of long rows, those of
+/// several that start at once take longer. Nothing for short ones.
+template <class Tile>
+struct product_order {
+    static constexpr bool keeps = Tile::steps > 9 && Tile::consumers > 1;
+    int consumer;
+
+    __device__ void open() const {
+        if (keeps && consumer == Tile::consumers - 1) pass_on();
+    }
+    __device__ void wait() const {
+        if (keeps) asm volatile("bar.sync %0, 256;" ::"r"(1 + consumer) : "memory");
+    }
+    __device__ void pass_on() const {
+        if (keeps) asm volatile("bar.arrive %0, 256;" ::"r"(1 + (consumer + 1) % Tile::consumers) : "memory");
+    }
+    __device__ void close() const {
+        if (keeps && consumer == 0) wait();
+    }
 };
 
 /// A ring of buffers as one side of it walks: which buffer, and the parity its barrier is waited for with.
@@ -305,16 +326,50 @@ __device__ void stream_codes(const codebook_image& image, int tiles, char* codes
     }
 }
 
+/// One warpgroup's 64 rows against all tiles of codes, whose scores go through `filter`. `row_operand`: the rows';
+/// `code_operands`: of the stages.
+template <class Tile, class Filter>
+__device__ void score_tiles(Filter& filter, std::uint32_t row_operand, std::uint32_t code_operands, int tiles, int mask,
+                            const sm90_barriers<Tile>& barriers, ring<Tile::stages>& stage,
+                            const product_order<Tile>& order) {
+    using shared = sm90_shared<Tile>;
+    for (int tile = 0; tile < tiles; ++tile, stage.next()) {
+        float score[64];  // (16 pairs of codes, 2 rows, 2)
+        const auto operand = [&] { return arch::uniform(code_operands + stage.at * (shared::stage_bytes >> 4)); };
+        wait(barriers.codes_full + stage.at, stage.parity);
+        order.wait();
+        arch::wgmma_fence();
+        arch::wgmma_scores<Tile::steps, 0, shared::part_steps>(score, row_operand, operand());
+        arch::wgmma_commit();
+        if constexpr (shared::parts == 2) {
+            const int before = stage.at;
+            stage.next();
+            wait(barriers.codes_full + stage.at, stage.parity);
+            arch::wgmma_fence();
+            arch::wgmma_scores<Tile::steps, shared::part_steps>(score, row_operand, operand());
+            arch::wgmma_commit();
+            arch::wgmma_wait_but<1>();
+            arrive(barriers.codes_empty + before);
+        }
+        order.pass_on();
+        arch::wgmma_wait();
+        arrive(barriers.codes_empty + stage.at);
+        filter.take(score, tile, mask);
+    }
+}
+
 /// Consumer warpgroup `consumer`: in each round its turn of 64 rows, if it has one, against all tiles of codes.
 template <class Tile>
-__device__ void consume(char* codes, char* rows, const float* errors, row_results* results, int tiles, int skip_tiles,
-                        bool exact, int mask, const sm90_barriers<Tile>& barriers, const row_span& span, int consumer) {
+__device__ void consume(char* codes, char* rows, const float* errors, row_results* results, int tiles, bool exact,
+                        int mask, const sm90_barriers<Tile>& barriers, const row_span& span, int consumer) {
     using shared = sm90_shared<Tile>;
     const int warp = static_cast<int>(threadIdx.x) % 128 / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const std::uint32_t row_operands = arch::kept(arch::operand(rows));
     const std::uint32_t code_operands = arch::kept(arch::operand(codes));
     const int row0 = warp * 16 + lane / 4;
     ring<Tile::stages> stage(0);
+    const product_order<Tile> order{consumer};
+    order.open();
     const turn_rounds<Tile> deal(span.turns());
     for (int round = 0; round < deal.rounds; ++round) {
         const unsigned turn = round * deal.width + consumer;
@@ -323,77 +378,46 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
         if (consumer >= deal.width || !span.has(static_cast<int>(turn))) {  // the others have rows: keep step with them
             for (int i = 0; i < tiles * shared::parts; ++i, stage.next()) {
                 wait(barriers.codes_full + stage.at, stage.parity);
+                if (i % shared::parts == 0) {
+                    order.wait();
+                    order.pass_on();
+                }
                 arrive(barriers.codes_empty + stage.at);
             }
             continue;
         }
         wait(barriers.rows_full + at, turn / Tile::row_buffers & 1);
+        const auto filter_by = [&](auto filter) {
+            score_tiles<Tile>(filter, row_operand, code_operands, tiles, mask, barriers, stage, order);
+            arrive_each(barriers.rows_empty + at);
+            wait(barriers.results_empty + put, (turn / shared::result_buffers & 1) ^ 1);
+            filter.conclude(tiles, results[put], row0);
+            arrive_each(barriers.results_full + put);
+        };
         const float error0 = errors[at * row_results::rows + row0], error1 = errors[at * row_results::rows + row0 + 8];
-        leaders lead0, lead1;
-        int least0 = leaders::least, least1 = leaders::least;  // scores below cannot win any more
-        for (int tile = 0; tile < tiles; ++tile, stage.next()) {
-            float score[64];  // (16 pairs of codes, 2 rows, 2)
-            const auto operand = [&] { return arch::uniform(code_operands + stage.at * (shared::stage_bytes >> 4)); };
-            wait(barriers.codes_full + stage.at, stage.parity);
-            arch::wgmma_fence();
-            arch::wgmma_scores<Tile::steps, 0, shared::part_steps>(score, row_operand, operand());
-            arch::wgmma_commit();
-            if constexpr (shared::parts == 2) {
-                const int before = stage.at;
-                stage.next();
-                wait(barriers.codes_full + stage.at, stage.parity);
-                arch::wgmma_fence();
-                arch::wgmma_scores<Tile::steps, shared::part_steps>(score, row_operand, operand());
-                arch::wgmma_commit();
-                arch::wgmma_wait_but<1>();
-                arrive(barriers.codes_empty + before);
-            }
-            arch::wgmma_wait();
-            arrive(barriers.codes_empty + stage.at);
-            const auto offer = [&](auto part) {
-                offer_scores<false>(part, score, tile, mask, exact, error0, error1, lead0, lead1);
-            };
-            if (tiles < skip_tiles) {
-                offer(all_scores{});
-                continue;
-            }
-            // Of many tiles, most parts hold nothing that could still win: a look at their largest scores tells.
-            const auto may_win = [&](auto part) {
-                const bool mine = largest(part, score, 0) >= least0 || largest(part, score, 1) >= least1;
-                return __any_sync(0xFFFFFFFFu, mine) != 0;
-            };
-            constexpr score_part<0, 16> part0;
-            constexpr score_part<16, 16> part1;
-            constexpr score_part<32, 16> part2;
-            constexpr score_part<48, 16> part3;
-            const bool wins[4] = {may_win(part0), may_win(part1), may_win(part2), may_win(part3)};
-            if (wins[0]) offer(part0);
-            if (wins[1]) offer(part1);
-            if (wins[2]) offer(part2);
-            if (wins[3]) offer(part3);
-            if (wins[0] || wins[1] || wins[2] || wins[3]) {
-                least0 = least_candidate(row_largest(lead0.best), exact ? error0 : 0.0f);
-                least1 = least_candidate(row_largest(lead1.best), exact ? error1 : 0.0f);
-            }
-        }
-        arrive_each(barriers.rows_empty + at);
-        wait(barriers.results_empty + put, (turn / shared::result_buffers & 1) ^ 1);
-        conclude(lead0, lead1, error0, error1, exact, tiles, results[put], row0);
-        arrive_each(barriers.results_full + put);
+        const bool many = tiles > tagged_tiles;
+        if (exact && many)
+            filter_by(exact_filter<true>(error0, error1));
+        else if (exact)
+            filter_by(exact_filter<false>(error0, error1));
+        else if (many)
+            filter_by(fast_filter<true>(error0, error1));
+        else
+            filter_by(fast_filter<false>(error0, error1));
     }
+    order.close();
 }
 
 #endif  // CUVQ_HAS_WGMMA
 
-/// Codes of all rows of x but those in `open`. `mask` is `tag_mask` (a parameter, so that clearing and tagging are
-/// one instruction).
+/// Codes of all rows of x but those in `open`. `mask` is `group_tag_mask`, or if not `exact`, `tag_mask` (a parameter,
+/// so that clearing and tagging are one instruction).
 template <class Tile, class X, class C>
 __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
                              1) void quantize_sm90(const __grid_constant__ detail::quantize_args<X, C> a,
                                                    const __grid_constant__ codebook_image image,
                                                    const __grid_constant__ search_tally tally,
-                                                   const __grid_constant__ open_rows open, int skip_tiles, bool exact,
-                                                   int mask) {
+                                                   const __grid_constant__ open_rows open, bool exact, int mask) {
 #if CUVQ_HAS_WGMMA
     using shared = sm90_shared<Tile>;
     extern __shared__ char dynamic_shared[];
@@ -425,8 +449,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
     __syncthreads();
 
     if (warpgroup < Tile::consumers) {
-        if constexpr (Tile::consumers == 3) arch::more_registers<112>();  // of 480: 3 x 112 + 80 + 64
-        consume<Tile>(codes, rows, errors, results, tiles, skip_tiles, exact, mask, barriers, span, warpgroup);
+        if constexpr (Tile::consumers == 3) arch::more_registers<120>();  // of 480: 3 x 120 + 80 + 40
+        consume<Tile>(codes, rows, errors, results, tiles, exact, mask, barriers, span, warpgroup);
     } else {
         if (warpgroup == Tile::consumers) {
             if constexpr (Tile::consumers == 3) arch::fewer_registers<80>();
@@ -437,7 +461,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
             else
                 convert_rows<Tile>(a.x, centre, scale, limits, rows, errors, barriers, span, warp);
         } else {
-            if constexpr (Tile::consumers == 3) arch::fewer_registers<64>();
+            if constexpr (Tile::consumers == 3) arch::fewer_registers<40>();
             if (warp > 0)
                 finish_rows<Tile>(a, tally, open, results, barriers, span, warp - 1);
             else if (lane == 0)

@@ -48,26 +48,26 @@ struct few_shared {
     static constexpr int groups = Tile::few_groups;  // warpgroups that score
     static_assert(groups >= 1 && groups <= few_warps / 4,
                   "cuvq: a block of sm90_tile has four warpgroups for few rows");
-    static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(row_results::rows);
+    static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(scored_rows);
     static constexpr int rows = Tile::few_stages * code_bytes;
     static constexpr int leads = rows + row_bytes;
-    static constexpr int codes = leads + row_results::rows * groups * 4 * static_cast<int>(sizeof(few_lead));
-    static constexpr int barriers = codes + row_results::rows * 8;
+    static constexpr int codes = leads + scored_rows * groups * 4 * static_cast<int>(sizeof(few_lead));
+    static constexpr int barriers = codes + scored_rows * 8;
     static constexpr int measures = barriers + 8 * (Tile::few_stages + 2);
-    static constexpr int bounds = measures + row_results::rows * static_cast<int>(sizeof(row_measure));
+    static constexpr int bounds = measures + scored_rows * static_cast<int>(sizeof(row_measure));
     static constexpr int limits = bounds + static_cast<int>(sizeof(device::score_bounds));
-    static constexpr int asked = limits + row_results::rows * 4;
+    static constexpr int asked = limits + scored_rows * 4;
     static constexpr int bytes = asked + few_blocks * 4;
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
     // Over the tiles of codes, once they are scored: candidates, and their distances. So many of a row are measured one
     // by one; rows with more, or with unknown ones, are the whole cluster's.
-    static constexpr int row_room = rows / 16 / row_results::rows, row_candidates = row_room < 32 ? row_room : 32;
-    static constexpr int most_candidates = row_results::rows * row_candidates;
+    static constexpr int row_room = rows / 16 / scored_rows, row_candidates = row_room < 32 ? row_room : 32;
+    static constexpr int most_candidates = scored_rows * row_candidates;
     // Over the leads, once all rows are concluded: what the cluster finds of rows that these do not settle.
-    static constexpr int masks = leads, choices = masks + groups * row_results::rows * 16;
-    static constexpr int found = choices + row_results::rows * 4 * 16;
-    static constexpr int all_limits = found + row_results::rows * 16;
-    static_assert(all_limits + row_results::rows * 4 <= codes, "the leads leave room for all of it");
+    static constexpr int masks = leads, choices = masks + groups * scored_rows * 16;
+    static constexpr int found = choices + scored_rows * 4 * 16;
+    static constexpr int all_limits = found + scored_rows * 16;
+    static_assert(all_limits + scored_rows * 4 <= codes, "the leads leave room for all of it");
 };
 
 #if CUVQ_HAS_WGMMA
@@ -79,7 +79,7 @@ struct few_rows {
     int blocks, bits, rank;  // bits: log2 of blocks; rank: of this block
 
     __device__ few_rows(int all_blocks, int own_rank) : blocks(all_blocks), bits(31 - __clz(blocks)), rank(own_rank) {}
-    __device__ int count() const { return row_results::rows >> bits; }
+    __device__ int count() const { return scored_rows >> bits; }
     /// Of the 64, the block's i-th.
     __device__ int row(int i) const { return (i << bits) + rank; }
     __device__ int owner(int row) const { return row & (blocks - 1); }
@@ -228,11 +228,11 @@ __device__ void settle_together(const detail::quantize_args<X, C>& a, const few_
         __syncwarp();
         if (lane == 0) own_limits[i] = no_limit;
     }
-    for (int i = threadIdx.x; i < row_results::rows * 4; i += few_threads) choices[i] = {};
+    for (int i = threadIdx.x; i < scored_rows * 4; i += few_threads) choices[i] = {};
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // what used the buffers since were ordinary instructions
     __syncthreads();
     arch::cluster<few_blocks>::sync();
-    if (const int row = static_cast<int>(threadIdx.x); row < row_results::rows)
+    if (const int row = static_cast<int>(threadIdx.x); row < scored_rows)
         limits[row] = first + row < a.x.rows
                           ? *arch::cluster<few_blocks>::at(own_limits + share.own(row), share.owner(row))
                           : no_limit;
@@ -259,7 +259,7 @@ __device__ void settle_together(const detail::quantize_args<X, C>& a, const few_
                         for (int i = 0; i < 32; ++i)
                             bits |= __float_as_int(score[i / 2 * 4 + 2 * h + i % 2]) >= limit ? 1u << i : 0u;
                         if (limit == 0) bits = ~0u;  // where integers do not order scores
-                        masks[(team * row_results::rows + row0 + 8 * h) * 4 + lane % 4] = bits;
+                        masks[(team * scored_rows + row0 + 8 * h) * 4 + lane % 4] = bits;
                     }
                 });
         }
@@ -272,7 +272,7 @@ __device__ void settle_together(const detail::quantize_args<X, C>& a, const few_
             const int r = __ffsll(static_cast<long long>(left)) - 1;
             choice best = choices[r * 4 + warp % 4];  // which a lane alone would do, too
             for (int g = 0; g < groups && tiles.has(round * groups + g); ++g) {
-                unsigned open = masks[(g * row_results::rows + r) * 4 + q] >> place0 & 255u;
+                unsigned open = masks[(g * scored_rows + r) * 4 + q] >> place0 & 255u;
                 while (__any_sync(0xFFFFFFFFu, open != 0)) {
                     int k[2];
 #pragma unroll
@@ -292,6 +292,7 @@ __device__ void settle_together(const detail::quantize_args<X, C>& a, const few_
             }
             best.merge(0xFFFFFFFFu, 8);
             best.merge(0xFFFFFFFFu, 16);
+            __syncwarp();
             if (lane == 0) choices[r * 4 + warp % 4] = best;
         }
         __syncthreads();
@@ -302,7 +303,7 @@ __device__ void settle_together(const detail::quantize_args<X, C>& a, const few_
             if (from[i].code >= 0) best.consider(from[i].distance, from[i].code);
         return best;
     };
-    if (const int row = static_cast<int>(threadIdx.x); row < row_results::rows && wide >> row & 1)
+    if (const int row = static_cast<int>(threadIdx.x); row < scored_rows && wide >> row & 1)
         *arch::cluster<few_blocks>::at(found + share.own(row) * share.blocks + share.rank, share.owner(row)) =
             nearest_of(choices + row * 4, 4);
     __syncwarp();
@@ -346,7 +347,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
 
     const int warp = static_cast<int>(threadIdx.x) / 32, group = warp / 4, lane = static_cast<int>(threadIdx.x) % 32;
     const int rank = static_cast<int>(blockIdx.x % blocks);
-    const std::int64_t first = std::int64_t{blockIdx.x / blocks} * row_results::rows;
+    const std::int64_t first = std::int64_t{blockIdx.x / blocks} * scored_rows;
     const int columns = static_cast<int>(a.x.columns);
     const few_tiles<Tile> tiles{
         operands, full, image, static_cast<int>(device::image_ref::tiles(a.codebook.rows)), static_cast<int>(blocks),
@@ -372,7 +373,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     // A warp converts as many rows as it can at once. Loads of the rows come first of all, since all else waits for
     // them, or takes up what connects the processor to the L2 cache: the tiles of codes.
     constexpr bool is_short = Tile::steps == 1;  // a lane takes a row
-    const bool converts = warp < row_results::rows / (is_short ? 32 : split::rows);
+    const bool converts = warp < scored_rows / (is_short ? 32 : split::rows);
     const int row = is_short ? threadIdx.x : warp * split::rows + lane / split::lanes;
     const bool inside = first + row < a.x.rows, vectors = loads_vectors(a.x);
     const X* x = a.x.row(inside ? first + row : 0);
@@ -433,7 +434,10 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         };
         for (int j = group; tiles.has(j); j += groups)
             tiles.score(row_operand, code_operands, j, false, measure, [&](const float(&score)[64], int tile) {
-                offer_scores<true>(all_scores{}, score, tile, mask, exact, error0, error1, lead0, lead1);
+                if (exact)
+                    offer_scores(score, tile, mask, error0, error1, lead0, lead1);
+                else
+                    offer_best(score, tile, mask, lead0, lead1);
             });
         arch::cluster<few_blocks>::wait();
         const auto send_row = [&](const leaders& lead, int row) {
@@ -454,7 +458,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     const int lanes = min(32 / ((share.count() - 1) / few_warps + 1), parts > 4 ? 32 : 16);  // of a row
     const int own = lane / lanes * few_warps + warp;
     const bool leads_row = lane % lanes == 0;
-    const int row_count = static_cast<int>(min(a.x.rows - first, std::int64_t{row_results::rows}));
+    const int row_count = static_cast<int>(min(a.x.rows - first, std::int64_t{scored_rows}));
     const int count = row_count > rank ? share.own(row_count - 1 - rank) + 1 : 0;
     int code = 0, own_first = 0, own_candidates = 0;
     if (warp < count) {  // lanes beyond the last row repeat another one
@@ -516,7 +520,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     }
     double loss = 0;
     for (bool again = false;; again = true) {
-        write_tile<few_threads, row_results::rows>(a, tally, first + rank, tiles.blocks, count, codes, loss);
+        write_tile<few_threads, scored_rows>(a, tally, first + rank, tiles.blocks, count, codes, loss);
         if (again) break;
         bool any = asks != 0;
         if (blocks > 1) {

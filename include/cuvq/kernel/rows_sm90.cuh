@@ -120,8 +120,7 @@ struct row_image {
     }
     __device__ void write(const __half2 (&half)[2], int part) {
         const int q = split::lane();
-        char* to =
-            operand + (layout::offset(row_results::rows, row, 4 * split::lanes * part) ^ (q >> 1 << 4)) + (q & 1) * 8;
+        char* to = operand + (layout::offset(scored_rows, row, 4 * split::lanes * part) ^ (q >> 1 << 4)) + (q & 1) * 8;
         *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(half);
     }
     /// Adds up what the lanes have seen, once all parts are there. Whether all rows of the warp fit fp16 so.
@@ -223,7 +222,7 @@ struct short_row {
             for (int chunk = 0; chunk < 2; ++chunk) {
                 uint4 eight;
                 memcpy(&eight, half + 8 * chunk, sizeof eight);
-                *reinterpret_cast<uint4*>(operand + layout::offset(row_results::rows, row, 8 * chunk)) = eight;
+                *reinterpret_cast<uint4*>(operand + layout::offset(scored_rows, row, 8 * chunk)) = eight;
             }
             if (again || __all_sync(0xFFFFFFFFu, square < 0x1p26f)) break;  // false for NaN
             factor = device::fitting_factor(square);

@@ -13,8 +13,8 @@
 #include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/device/image.cuh>
-#include <cuvq/kernel/filter_sm90.cuh>
 #include <cuvq/kernel/outputs.cuh>
+#include <cuvq/kernel/table_filter_sm90.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::kernel {
@@ -90,15 +90,15 @@ __device__ void consider_words(device::exact_choice& choice, const open_words& w
                                int part = 0, int parts = 1) {
     constexpr int held = image_tile / 4;  // codes of a tile that a thread holds
     const int code_tiles = static_cast<int>(device::image_ref::tiles(codebook.rows));
-    int turn = 0;
+    for (int i = group, code; part == 0 && (code = words.listed(i, code_tiles)) >= 0; i += groups) {
+        const std::int64_t k = min(std::int64_t{code}, codebook.rows - 1);  // beyond K: another look at the last code
+        choice.consider(device::exact_distance(row, codebook.row(k), columns), k);
+    }
+    __syncwarp();
     for (int i = 0; i < open_words::most(code_tiles); ++i) {
         const int word = words.word(i, code_tiles);
         if (word == open_words::none) break;
-        if (word >= 0) {
-            if (turn++ % groups == group && part == 0)
-                choice.consider(device::exact_distance(row, codebook.row(word), columns), word);
-            continue;
-        }
+        if (!open_words::is_whole(word)) continue;
         const bool everything = word == open_words::everything;
         if (everything && !device::is_row_finite(row, columns)) return;
         const std::int64_t all = everything ? codebook.rows : std::int64_t{code_tiles} * held;
@@ -109,7 +109,7 @@ __device__ void consider_words(device::exact_choice& choice, const open_words& w
             if (everything) return at;
             const std::int64_t k =
                 scored_code(static_cast<int>(at / held), static_cast<int>(at % held), word - open_words::column);
-            return min(k, codebook.rows - 1);  // beyond K: another look at the last code
+            return min(k, codebook.rows - 1);
         };
         if (columns <= alone_columns) {
             for (std::int64_t at = group * 8 + threadIdx.x % 8; at < mine; at += groups * 8) {
@@ -146,11 +146,13 @@ __device__ void merge_block(device::exact_choice& choice, double (&distances)[Wa
     }
 }
 
+inline constexpr int line_bytes = 128;
+
 /// Reads ahead from a row, its lines at once, so that loads of its columns do not wait one after the other. By the
 /// eight lanes of a group.
 template <class T>
 __device__ void touch_row(const T* row, std::int64_t columns) {
-    constexpr int lanes = device::exact_lanes, line = 128 / static_cast<int>(sizeof(T));
+    constexpr int lanes = device::exact_lanes, line = line_bytes / static_cast<int>(sizeof(T));
     for (std::int64_t d = threadIdx.x % lanes * line; d < columns; d += lanes * line) arch::touch(row + d);
 }
 
@@ -183,18 +185,9 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
         const open_words words = next_words.cut(listed ? open_words::most(tiles) : 0, tiles);
         load(first + sharers * rows + lane / Lanes);
         const X* x = a.x.row(row);
-        if constexpr (Lanes > 1) {
-            touch_row(x, a.x.columns);
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-                if (words.word(i, tiles) >= 0) touch_row(a.codebook.row(words.word(i, tiles)), a.x.columns);
-        }
         device::exact_choice choice;
-#pragma unroll 1
-        for (int i = 0; i < open_words::most(tiles); i += 2) {  // two codes at a time
-            const int k[2] = {words.word(i, tiles), words.word(i + 1, tiles)};
-            if (k[0] < 0) break;
-            const C* const codes[2] = {a.codebook.row(k[0]), a.codebook.row(k[1] < 0 ? k[0] : k[1])};
+        const auto consider = [&](std::int64_t k0, std::int64_t k1) {  // two codes at a time
+            const C* const codes[2] = {a.codebook.row(k0), a.codebook.row(k1 < 0 ? k0 : k1)};
             double distances[2];
             if constexpr (Lanes == 1) {
                 distances[0] = device::exact_distance_alone(x, codes[0], a.x.columns);
@@ -202,8 +195,31 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
             } else {
                 device::squared_distances(x, codes, a.x.columns, distances);
             }
-            choice.consider(distances[0], k[0]);
-            if (k[1] >= 0) choice.consider(distances[1], k[1]);
+            choice.consider(distances[0], k0);
+            if (k1 >= 0) choice.consider(distances[1], k1);
+        };
+        const auto code = [&](int listed_code) { return min(std::int64_t{listed_code}, a.codebook.rows - 1); };
+        if constexpr (Lanes == 1) {
+            word_reader reader(words, tiles);
+#pragma unroll 1
+            for (std::int64_t k; (k = code(reader.next())) >= 0;) consider(k, code(reader.next()));
+        } else {
+            const unsigned lanes = ((1u << Lanes) - 1) << (lane / Lanes * Lanes);
+            touch_row(x, a.x.columns);
+            std::int64_t k = 0;
+#pragma unroll 1
+            for (int i = 0; k >= 0; i += Lanes) {
+                const std::int64_t own = code(words.listed(i + lane % Lanes, tiles));
+                if (own >= 0)  // all of them at once, so that they do not wait for each other
+                    for (std::int64_t d = 0; d < a.x.columns; d += line_bytes / static_cast<int>(sizeof(C)))
+                        arch::touch(a.codebook.row(own) + d);
+#pragma unroll 1
+                for (int j = 0; j < Lanes && k >= 0; j += 2) {
+                    k = __shfl_sync(lanes, own, j, Lanes);
+                    const std::int64_t other = __shfl_sync(lanes, own, j + 1, Lanes);
+                    if (k >= 0) consider(k, other);
+                }
+            }
         }
         if (lane % Lanes == 0 && listed) write_code(a, tally, row, choice.code);
     }
