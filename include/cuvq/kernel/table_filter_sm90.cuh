@@ -365,9 +365,10 @@ public:
             if (!__any_sync(0xFFFFFFFFu, groups.largest(0) >= least_[0] || groups.largest(1) >= least_[1])) return;
         }
         offer_best(score, tile, mask, lead_[0], lead_[1]);
-        if (!Many) return;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) least_[h] = least_candidate(row_largest(lead_[h].best), 0.0f);
+        if (Many) {
+            least_[0] = least_candidate(row_largest(lead_[0].best), 0.0f);
+            least_[1] = least_candidate(row_largest(lead_[1].best), 0.0f);
+        }
     }
 
     __device__ void conclude(int tiles, row_results& results, int row0) const {
