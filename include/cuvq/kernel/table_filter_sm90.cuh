@@ -310,7 +310,6 @@ public:
     }
 
 private:
-    static constexpr int most_named = 4;        // codes that a thread names one by one
     static constexpr int not_listed = 1 << 16;  // above all counts of words: some of them do not list codes
 
     __device__ int limit(int half) const {
@@ -324,8 +323,8 @@ private:
     }
     __device__ static int words_of(const group_leaders<Many>& lead, unsigned columns, int least) {
         if (lead.rest >= least) return not_listed + 1;  // something dropped could win
-        const int groups = groups_of(lead, least), codes = groups * __popc(columns);
-        return codes <= most_named ? codes : 1 + groups;
+        const int groups = groups_of(lead, least);
+        return min(groups * __popc(columns), 1 + groups);
     }
     __device__ static void put_words(const group_leaders<Many>& lead, unsigned columns, int least, int tiles,
                                      open_words& to, int at, int q) {
@@ -333,7 +332,8 @@ private:
             to.put(at, open_words::column + q, tiles);
             return;
         }
-        const bool one_by_one = groups_of(lead, least) * __popc(columns) <= most_named;
+        const int groups = groups_of(lead, least);
+        const bool one_by_one = groups * __popc(columns) <= 1 + groups;  // as few words as of a set and groups
         if (!one_by_one) to.put(at++, open_words::of_columns(columns, tiles), tiles);
 #pragma unroll
         for (int i = 0; i < group_leaders<Many>::kept; ++i) {
