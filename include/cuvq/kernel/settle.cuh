@@ -156,6 +156,30 @@ __device__ void touch_row(const T* row, std::int64_t columns) {
     for (std::int64_t d = threadIdx.x % lanes * line; d < columns; d += lanes * line) arch::touch(row + d);
 }
 
+/// The SIMT filter's value of each lane's code: the first `here` lanes of a group of eight have one. `least` gets the
+/// least of them. `lanes`: the group's, all of which call this.
+template <class X, class C>
+__device__ float filter_distance(const X* row, const matrix_ref<const C>& codebook, std::int64_t columns,
+                                 unsigned lanes, std::int64_t own, int here, float& least) {
+    constexpr int batch = 4, width = device::exact_lanes;
+    float value = 0;
+#pragma unroll 1
+    for (int j = 0; j < here; j += batch) {
+        const C* codes[batch];
+        float near[batch];
+#pragma unroll
+        for (int t = 0; t < batch; ++t)
+            codes[t] = codebook.row(__shfl_sync(lanes, own, j + t < here ? j + t : j, width));
+        device::squared_distances(row, reinterpret_cast<const C* const(&)[batch]>(codes), columns, near);
+#pragma unroll
+        for (int t = 0; t < batch; ++t) {
+            least = fminf(least, near[t]);  // which is not NaN
+            if (static_cast<int>(threadIdx.x) % width == j + t) value = near[t];
+        }
+    }
+    return value;
+}
+
 /// Codes of the rows listed from the front, whose candidates `Lanes` lanes measure. Warp `warp` of `warps`, at least
 /// one for every finishing warp.
 template <int Lanes, class X, class C>
@@ -206,18 +230,30 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
         } else {
             const unsigned lanes = ((1u << Lanes) - 1) << (lane / Lanes * Lanes);
             touch_row(x, a.x.columns);
-            std::int64_t k = 0;
+            float least = __int_as_float(0x7F800000);
+            int here = Lanes;  // codes that the lanes hold, one each
 #pragma unroll 1
-            for (int i = 0; k >= 0; i += Lanes) {
+            for (int i = 0; here == Lanes; i += Lanes) {
                 const std::int64_t own = code(words.listed(i + lane % Lanes, tiles));
                 if (own >= 0)  // all of them at once, so that they do not wait for each other
                     for (std::int64_t d = 0; d < a.x.columns; d += line_bytes / static_cast<int>(sizeof(C)))
                         arch::touch(a.codebook.row(own) + d);
+                here = __popc(__ballot_sync(lanes, own >= 0));
+                const float near = filter_distance(x, a.codebook, a.x.columns, lanes, own, here, least);
+                const float limit = device::filter_limit(least, a.x.columns);
+                unsigned left = __ballot_sync(lanes, own >= 0 && !(near > limit)) >> lane / Lanes * Lanes;
+                const bool alone = (left & (left - 1)) == 0;
+                if (alone && here < Lanes && choice.code < 0 && limit == limit) {
+                    choice.code = __shfl_sync(lanes, own, __ffs(static_cast<int>(left)) - 1, Lanes);
+                    break;
+                }
 #pragma unroll 1
-                for (int j = 0; j < Lanes && k >= 0; j += 2) {
-                    k = __shfl_sync(lanes, own, j, Lanes);
-                    const std::int64_t other = __shfl_sync(lanes, own, j + 1, Lanes);
-                    if (k >= 0) consider(k, other);
+                while (left != 0) {
+                    const std::int64_t k0 = __shfl_sync(lanes, own, __ffs(static_cast<int>(left)) - 1, Lanes);
+                    left &= left - 1;
+                    const std::int64_t k1 = __shfl_sync(lanes, own, __ffs(static_cast<int>(left)) - 1, Lanes);
+                    consider(k0, left != 0 ? k1 : -1);
+                    left &= left - 1;
                 }
             }
         }
