@@ -106,12 +106,24 @@ struct mailbox {
     /// Whole block: until delivery number `delivery`, counted from 0, is there.
     __device__ void receive(unsigned delivery) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-        if (Blocks > 1)
-            while (!cuda::ptx::mbarrier_try_wait_parity(cuda::ptx::sem_acquire, cuda::ptx::scope_cluster, &barrier,
-                                                        delivery & 1)) {
-            }
+        if (Blocks == 1) return __syncthreads();
+        // Of shared memory alone: to acquire all that the cluster may have written throws the L1 cache away.
+        const auto address = static_cast<unsigned>(__cvta_generic_to_shared(&barrier));
+        unsigned there = 0;
+        while (!there)
+            asm volatile(
+                "{\n"
+                ".reg .pred p;\n"
+                "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n"
+                "selp.u32 %0, 1, 0, p;\n"
+                "}"
+                : "=r"(there)
+                : "r"(address), "r"(delivery & 1)
+                : "memory");
+        asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+#else
+        __syncthreads();
 #endif
-        if (Blocks == 1) __syncthreads();
     }
     /// Writes to where block `other` has what lies at `to`, which its mailbox counts. A value of 4 or 8 bytes.
     template <class T>

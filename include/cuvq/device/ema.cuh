@@ -29,10 +29,11 @@ struct ema_step {
 
 /// The blended cluster size of a code, and what may happen to it.
 struct ema_size {
-    float size;   ///< the size after the blend
-    bool sound;   ///< counts and sums are finite, counts not negative: the update may touch the code
-    bool active;  ///< sound, and the batch had a row of it
-    bool blend;   ///< sound, and the rule moves it: active, or any code under the rules that decay every code
+    float size;          ///< the size after the blend
+    std::int32_t steps;  ///< updates since a vector last had the code, after this one
+    bool sound;          ///< counts and sums are finite, counts not negative: the update may touch the code
+    bool active;         ///< sound, and the batch had a row of it
+    bool blend;          ///< sound, and the rule moves it: active, or any code under the rules that decay every code
 };
 
 /// keep * old + take * now, as the blend rounds it: two roundings, on every path.
@@ -44,6 +45,7 @@ __device__ inline float ema_mix(const ema_step& e, float old, float now) {
 template <class T, class R>
 __device__ ema_size blended_size(const ema_arrays<T, R>& a, const ema_params& p, const ema_step& e, std::int64_t k) {
     const float n = a.counts[k], old = a.state.cluster_size[k];
+    const std::int32_t steps = a.state.steps_since_active[k];
     bool finite = isfinite(n) && n >= 0;
     for (std::int64_t d = threadIdx.x % 32; d < a.sums.columns; d += 32) finite = finite && isfinite(a.sums.row(k)[d]);
     ema_size s;
@@ -51,6 +53,7 @@ __device__ ema_size blended_size(const ema_arrays<T, R>& a, const ema_params& p,
     s.active = s.sound && n > 0;
     s.blend = s.sound && (s.active || p.rule != ema_rule::active_only);
     s.size = s.blend ? ema_mix(e, old, n) : old;
+    s.steps = s.active ? 0 : steps < 0x7FFFFFFF ? steps + 1 : steps;
     return s;
 }
 
@@ -100,11 +103,7 @@ __device__ bool ema_blend(const ema_arrays<T, R>& a, const ema_params& p, const 
     }
     if (lane == 0) {
         a.state.cluster_size[k] = s.size;
-        std::int32_t& steps = a.state.steps_since_active[k];
-        if (s.active)
-            steps = 0;
-        else if (steps < 0x7FFFFFFF)
-            ++steps;
+        a.state.steps_since_active[k] = s.steps;
     }
     __syncwarp();
     return false;
@@ -141,19 +140,19 @@ __device__ std::int64_t replacement_row(const ema_arrays<T, R>& a, const ema_par
 template <class T, class R>
 __device__ bool dead_code_refresh(const ema_arrays<T, R>& a, const ema_params& p, const ema_step& e, const ema_size& s,
                                   std::int64_t k) {
-    const double mean_size = e.total / static_cast<double>(a.counts.size);
+    const auto mean_size = [&] { return e.total / static_cast<double>(a.counts.size); };
     bool dead = false;
     float reset = 0;
     switch (p.dead_codes) {
         case dead_code_rule::none: return false;
-        case dead_code_rule::unused_steps: dead = a.state.steps_since_active[k] >= p.restart_after_steps; break;
+        case dead_code_rule::unused_steps: dead = s.steps >= p.restart_after_steps; break;
         case dead_code_rule::min_cluster_size:
             dead = s.size < p.min_cluster_size;
             reset = p.reset_cluster_size;
             break;
         case dead_code_rule::usage_ratio:
-            dead = (e.step + 1) % p.check_every == 0 && s.size < p.usage_ratio * mean_size;
-            reset = static_cast<float>(p.reset_usage_ratio * mean_size);
+            dead = (e.step + 1) % p.check_every == 0 && s.size < p.usage_ratio * mean_size();
+            reset = static_cast<float>(p.reset_usage_ratio * mean_size());
             break;
     }
     if (!dead) return false;

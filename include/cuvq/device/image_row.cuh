@@ -94,37 +94,24 @@ __device__ int write_image_row(char* tile, const arch::slab_layout& layout, int 
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const operand_columns place(columns, layout);
     if (place.twofold) return write_twofold_image_row(tile, layout, r, row, place, frame);
-    const int whole = columns / 8, chunks = layout.row_bytes() / 16;  // of 8 columns; nothing but data; all
+    const int whole = columns / 4, quads = layout.row_bytes() / 8;  // of four columns; nothing but data; all
     const bool vectors = is_aligned4(row);
     const double scale = frame.scale;
     double norm = 0, residual = 0, length = 0;
     bool finite = row != nullptr;
-    const auto store = [&](int chunk, const __half(&half)[8]) {
-        *reinterpret_cast<uint4*>(tile + layout.offset(image_tile, r, 8 * chunk)) =
-            *reinterpret_cast<const uint4*>(half);
+    const auto store = [&](int quad, const __half(&half)[4]) {
+        *reinterpret_cast<uint2*>(tile + layout.offset(image_tile, r, quad / 2 * 8) + quad % 2 * 8) =
+            *reinterpret_cast<const uint2*>(half);
     };
-    alignas(16) __half last[8] = {};  // in the lane of chunk `whole`: the rest of the data
+    alignas(8) __half last[4] = {};  // in the lane of quad `whole`: the rest of the data
 #pragma unroll 1
-    for (int chunk = lane; 8 * chunk < columns && row; chunk += 32) {
-        alignas(16) __half half[8];
-        float c[8], m[8];
-        if (vectors && chunk < whole) {
+    for (int quad = lane; 4 * quad < columns && row; quad += 32) {
+        alignas(8) __half half[4];
+        const float4 c4 = vectors && quad < whole ? load4(row + 4 * quad) : load4(row, 4 * quad, columns);
+        const float4 m4 = quad < whole ? load4(frame.centre + 4 * quad) : load4(frame.centre, 4 * quad, columns);
+        const float c[4] = {c4.x, c4.y, c4.z, c4.w}, m[4] = {m4.x, m4.y, m4.z, m4.w};
 #pragma unroll
-            for (int e = 0; e < 8; e += 4) {
-                const float4 four = load4(row + 8 * chunk + e), middle = load4(frame.centre + 8 * chunk + e);
-                c[e] = four.x, c[e + 1] = four.y, c[e + 2] = four.z, c[e + 3] = four.w;
-                m[e] = middle.x, m[e + 1] = middle.y, m[e + 2] = middle.z, m[e + 3] = middle.w;
-            }
-        } else {
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const int d = 8 * chunk + e;
-                c[e] = d < columns ? static_cast<float>(row[d]) : 0.0f;
-                m[e] = d < columns ? frame.centre[d] : 0.0f;
-            }
-        }
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
+        for (int e = 0; e < 4; ++e) {
             finite = finite && isfinite(c[e]);
             const double v = scale * (widened(c[e]) - widened(m[e]));
             half[e] = __float2half_rn(static_cast<float>(v));
@@ -133,11 +120,11 @@ __device__ int write_image_row(char* tile, const arch::slab_layout& layout, int 
             length += rounded * rounded;
             residual += (v - rounded) * (v - rounded);
         }
-        if (chunk < whole) {
-            store(chunk, half);
+        if (quad < whole) {
+            store(quad, half);
         } else {
 #pragma unroll
-            for (int e = 0; e < 8; ++e) last[e] = half[e];
+            for (int e = 0; e < 4; ++e) last[e] = half[e];
         }
     }
     sum_over_warp(norm, length, residual);
@@ -145,18 +132,18 @@ __device__ int write_image_row(char* tile, const arch::slab_layout& layout, int 
     const image_offset n(frame.shift, norm, finite);
     // What follows the data; of a code that is not finite, everything.
 #pragma unroll 1
-    for (int chunk = lane; chunk < chunks; chunk += 32) {
-        if (finite && chunk < whole) continue;
-        alignas(16) __half half[8];
+    for (int quad = lane; quad < quads; quad += 32) {
+        if (finite && quad < whole) continue;
+        alignas(8) __half half[4];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            const int d = 8 * chunk + e;
-            half[e] = chunk == whole && d < columns && finite ? last[e] : __float2half_rn(0.0f);
+        for (int e = 0; e < 4; ++e) {
+            const int d = 4 * quad + e;
+            half[e] = quad == whole && d < columns && finite ? last[e] : __float2half_rn(0.0f);
 #pragma unroll
             for (int p = 0; p < 3; ++p)
                 if (d == place.width + p) half[e] = n.parts[p];
         }
-        store(chunk, half);
+        store(quad, half);
     }
     return finite ? image_row_bits(length, residual, n) : 0;
 }

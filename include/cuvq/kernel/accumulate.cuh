@@ -123,7 +123,7 @@ struct segment_sum {
 /// Rows of one code in a row, as a block has them: a column a thread.
 struct open_segment {
     std::uint32_t code;
-    double sum = 0;    // of column threadIdx.x of the slice, if it has one
+    double sum = 0;    // of the thread's column of the slice, if it has one
     double count = 0;  // of weights; every thread has it
 };
 
@@ -133,6 +133,11 @@ struct segment_storage {
     double sum[Tile::threads / 32][2][Tile::columns];
     double count[Tile::threads / 32][2];
     std::uint32_t code[Tile::threads / 32][2];  // none: no such segment
+
+    /// By a warp that has no rows.
+    __device__ void leave_none() {
+        if (threadIdx.x % 32 < 2) code[threadIdx.x / 32][threadIdx.x % 32] = coded_row::none;
+    }
 };
 
 /// A warp sums rows begin .. end - 1 of a list, sorted by code: columns slice .. slice + Tile::columns - 1 of each,
@@ -421,8 +426,8 @@ __device__ open_segment sum_segments(segment_storage<Tile>& shared, std::int64_t
         const std::int64_t own_end = own_begin + most < end ? own_begin + most : end;
         if (own_begin < own_end)
             sum_warp(own_begin, own_end);
-        else if (lane == 0)
-            shared.code[warp][0] = shared.code[warp][1] = coded_row::none;
+        else
+            shared.leave_none();
         __syncthreads();
         // The segments of all warps in order, each read while the one before it is added.
         static_assert(2 * warps <= 32, "a lane for each segment");

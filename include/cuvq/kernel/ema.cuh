@@ -41,8 +41,10 @@ struct ema_tally {
 /// Reads what the update of code k will, so that it is at hand by then. Whole warp.
 template <class T>
 __device__ void touch_code(const state_ref<T>& state, std::int64_t k) {
-    for (std::int64_t d = threadIdx.x % 32; d < state.embed_sum.columns; d += 32)
+    for (std::int64_t d = threadIdx.x % 32; d < state.embed_sum.columns; d += 32) {
         arch::touch(state.embed_sum.row(k) + d);
+        arch::touch(state.codebook.row(k) + d);
+    }
     if (threadIdx.x % 32 == 0) arch::touch(&state.cluster_size[k]);
     if (threadIdx.x % 32 == 1) arch::touch(&state.steps_since_active[k]);
 }
@@ -138,6 +140,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
     gather_codes(shared, a, source, codes, vectors, checks, invalid_rows, [&] {
         for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32)
             touch_code(update.state, codes.code(c));
+        if (refresh && threadIdx.x / 32 < codes.own_count) refresh.touch(columns);
     });
     e.step = shared_step;
     if (counts && threadIdx.x < codes.own_count) counts[codes.code(threadIdx.x)] = shared.count[threadIdx.x];

@@ -78,6 +78,21 @@ struct gathered_codes {
     __device__ std::uint32_t within(std::uint32_t code) const { return clusters > 1 ? __umulhi(code, inverse) : code; }
 };
 
+/// Element i of an array in registers.
+template <int N>
+__device__ std::uint32_t element(const std::uint32_t (&from)[N], int i) {
+    if constexpr (N == 1) {
+        return from[0];
+    } else {
+        std::uint32_t half[N / 2];
+#pragma unroll
+        for (int j = 0; j < N / 2; ++j) half[j] = i >= N / 2 ? from[j + N / 2] : from[j];
+        return element(half, i >= N / 2 ? i - N / 2 : i);
+    }
+}
+
+__device__ inline unsigned sum_of_bytes(unsigned bytes) { return __dp4a(bytes, 0x01010101u, 0u); }
+
 /// Lists the rows of the cluster's codes: [begin, begin + length) of the list to shared.listed, and shared.start.
 /// `part` gets how many of them a block takes at most. Returns begin and length. Ends with a barrier.
 template <class Tile>
@@ -108,20 +123,19 @@ __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source
         for (int q = 0; q < quads; ++q) counts |= __popc(hits >> 4 * q & 15u) << 8 * q;
         std::uint32_t before, all;
         cub::WarpScan<std::uint32_t>(shared.scan[warp]).ExclusiveSum(counts, before, all);
-#pragma unroll
-        for (int q = 0; q < quads; ++q) {
-            int to = found + static_cast<int>(before >> 8 * q & 255u);
-            found += static_cast<int>(all >> 8 * q & 255u);
-            if ((hits >> 4 * q & 15u) == 0) continue;
-#pragma unroll
-            for (int i = 4 * q; i < 4 * q + 4; ++i) {
-                if (!(hits >> i & 1u)) continue;
-                const std::uint32_t within = codes.within(code[i]);
-                const int row = at - first + 4 * lane + 128 * q + i % 4;
-                shared.found[warp][to++] = static_cast<std::uint16_t>(within << 10 | row);
-                atomicAdd(&shared.place[warp][within], 1u);
-            }
+        // Most lanes have a hit or none: a loop over them is shorter than looking at each code again.
+#pragma unroll 1
+        for (unsigned left = hits; left != 0; left &= left - 1) {
+            const int i = __ffs(static_cast<int>(left)) - 1, q = i / 4, in_quad = i % 4;
+            const std::uint32_t within = codes.within(element(code, i));
+            const int row = at - first + 4 * lane + 128 * q + in_quad;
+            const unsigned to = sum_of_bytes(all & ((1u << 8 * q) - 1)) + (before >> 8 * q & 255u) +
+                                __popc(hits >> 4 * q & ((1u << in_quad) - 1));
+            shared.found[warp][found + to] = static_cast<std::uint16_t>(within << 10 | row);
+            atomicAdd(&shared.place[warp][within], 1u);
         }
+        found += static_cast<int>(sum_of_bytes(all));
+        __syncwarp();
     }
     __syncthreads();
     if (warp == 0) {  // by code, then by warp
@@ -246,6 +260,40 @@ __device__ void open_gather(gather_storage<Tile>& shared) {
     arch::cluster<Tile::cluster>::arrive_relaxed();
 }
 
+/// Adds up what the warps of a block left of each code in `shared`, in order. Teams of threads take the codes in turn,
+/// a thread of a team one of `width` columns.
+/// @param emit  (open_segment, column): called by all threads of a team, also by those beyond the last column.
+template <class Tile, class Emit>
+__device__ void merge_segments(const segment_storage<Tile>& shared, int width, const Emit& emit) {
+    constexpr unsigned all = 0xFFFFFFFFu;
+    constexpr int slots = Tile::threads / 16;  // two of each warp
+    static_assert(slots <= 32, "a lane for each");
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const std::uint32_t code = lane < slots ? shared.code[lane / 2][lane % 2] : std::uint32_t{coded_row::none};
+    const unsigned used = __ballot_sync(all, code != coded_row::none), before = used & ((1u << lane) - 1);
+    const std::uint32_t code_before = __shfl_sync(all, code, before != 0 ? 31 - __clz(static_cast<int>(before)) : lane);
+    unsigned heads = __ballot_sync(all, code != coded_row::none && (before == 0 || code != code_before));
+    const int team_threads = width <= 32 ? 32 : width <= 64 ? 64 : Tile::columns;
+    const int teams = Tile::threads / team_threads, team = static_cast<int>(threadIdx.x) / team_threads;
+    const int column = static_cast<int>(threadIdx.x) % team_threads;
+#pragma unroll 1
+    for (int number = 0; heads != 0; ++number) {
+        const int first = __ffs(static_cast<int>(heads)) - 1;
+        heads &= heads - 1;
+        if (number % teams != team) continue;
+        unsigned own = used & ~((1u << first) - 1);
+        if (heads != 0) own &= (heads & -heads) - 1;
+        open_segment segment{__shfl_sync(all, code, first)};
+#pragma unroll 1
+        for (; own != 0; own &= own - 1) {
+            const int i = __ffs(static_cast<int>(own)) - 1;
+            segment.sum += shared.sum[i / 2][i % 2][column];
+            segment.count += shared.count[i / 2][i % 2];
+        }
+        emit(segment, column);
+    }
+}
+
 /// Sums the rows of the block's codes into shared.sum and shared.count, after `open_gather`. `checks`: rows that hold a
 /// NaN or Inf are looked for before summing, since a slice may not see all of a row; where there is one slice, summing
 /// finds them. `invalid_rows`: null, or gets the rows without a code and those not finite added. `touch`: called by
@@ -283,18 +331,18 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
             }
             shared.box.expect(bytes * (width + (slice == 0 ? 1 : 0)));
         }
-        const auto add = [&](const open_segment& segment) {
+        const auto add = [&](const open_segment& segment, int column) {
             const unsigned code = segment.code, owner = code >> codes.block_bits, starts = shared.start[code];
             const bool whole = starts >= begin && shared.start[code + 1] <= end;
-            const bool has_column = static_cast<int>(threadIdx.x) < width, has_count = threadIdx.x == 0 && slice == 0;
+            const bool has_column = column < width, has_count = column == 0 && slice == 0;
             if (whole) {
                 const unsigned own_code = code & own_mask;
-                float* sum = shared.sum + own_code * stride + slice + threadIdx.x;
+                float* sum = shared.sum + own_code * stride + slice + column;
                 if (has_column) shared.box.send(sum, owner, static_cast<float>(segment.sum));
                 if (has_count) shared.box.send(&shared.count[own_code], owner, static_cast<float>(segment.count));
             } else {
                 const int slot = starts <= begin ? 0 : 1;
-                if (has_column) shared.box.send(shared.part_sum[rank][slot] + threadIdx.x, owner, segment.sum);
+                if (has_column) shared.box.send(shared.part_sum[rank][slot] + column, owner, segment.sum);
                 if (has_count) shared.box.send(&shared.part_count[rank][slot], owner, segment.count);
             }
         };
@@ -312,10 +360,13 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
                                      static_cast<float>(sum[3])});
                 if (first == 0) shared.box.send(&shared.count[code & own_mask], owner, static_cast<float>(weights));
             };
-            const auto sum_warp = [&](std::int64_t own_begin, std::int64_t own_end) {
+            const int own_begin = static_cast<int>(threadIdx.x) / 32 * most, own_end = min(own_begin + most, length);
+            if (own_begin < own_end)
                 sum_rows(shared.segments, a, 0, slice, vectors, own_begin, own_end, left_out, row_at, emit_warp);
-            };
-            add(sum_segments(shared.segments, 0, length, most, row_at(0).code, sum_warp, add));
+            else
+                shared.segments.leave_none();
+            __syncthreads();
+            merge_segments(shared.segments, width, add);
         }
         if (length < own.y) {  // what is expected of codes whose rows are all bad
             for (unsigned code = 0; code < storage::most_codes; ++code) {
@@ -323,7 +374,7 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
                 bool has_row = false;
                 for (int i = static_cast<int>(threadIdx.x); i < length; i += Tile::threads)
                     has_row = has_row || static_cast<unsigned>(shared.listed[i]) >> storage::row_bits == code;
-                if (!__syncthreads_or(has_row)) add({code});
+                if (!__syncthreads_or(has_row)) add({code}, static_cast<int>(threadIdx.x));
             }
         }
         shared.box.receive(static_cast<unsigned>(slice / Tile::columns));

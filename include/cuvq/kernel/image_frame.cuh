@@ -27,6 +27,7 @@
 #include <cuda_runtime.h>
 #include <cub/block/block_reduce.cuh>
 
+#include <cuvq/arch/hopper.cuh>
 #include <cuvq/arch/mma_sm80.cuh>
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/device/image.cuh>
@@ -146,6 +147,13 @@ struct image_refresh {
     arch::slab_layout layout{};
 
     CUVQ_HOST_DEVICE explicit operator bool() const { return image.rows != nullptr; }
+
+    /// Reads the frames, so that they are at hand for `write_row`. Whole warp.
+    __device__ void touch(std::int64_t columns) const {
+        const std::int64_t floats = 2 * image_trail::stride(columns);
+        for (std::int64_t i = threadIdx.x % 32 * 32; i < floats; i += 32 * 32) arch::touch(trail.centres + i);
+        if (threadIdx.x % 32 == 31) arch::touch(trail.scales);
+    }
 
     /// Code k, as update `step` leaves it. Whole warp, converged; the row was written by this warp, or before.
     template <class T>

@@ -1,6 +1,6 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// Rows that the filter left open: float64 decides between their candidates.
+// Rows that the filter left open: float64 decides between their candidates, where float does not.
 #pragma once
 
 #include <cstdint>
@@ -193,21 +193,34 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
     const rows_seen seen{{a.x.rows, blocks, segment / finishing_warps}, segment % finishing_warps};
     const int tiles = static_cast<int>(device::image_ref::tiles(a.codebook.rows)), places = seen.count();
     if (places == 0) return;
+    // Of a few rows each warp takes some, since those of a warp wait for each other where they take different turns.
+    const int apart = Lanes == 1 ? 1 : sharers;
     // Rows and words are read before it is known whether they are listed, lest loads wait for each other.
-    int first = share * rows, next_own;
+    const int own_word = min(lane % Lanes, open_words::most(tiles) - 1);
+    int first = Lanes == 1 ? share * rows : share, next_own, next_word = open_words::none;
     open_words next_words;
+    const auto number_from = [&](int from) { return from + lane / Lanes * apart; };
     const auto load = [&](int number) {
         const std::int64_t place = seen.row(min(number, places - 1));
         next_own = open.rows[place];
-        next_words = open.words[place];
+        if constexpr (Lanes == 1)
+            next_words = open.words[place];
+        else
+            next_word = open.words[place].word(own_word, tiles);
     };
-    load(first + lane / Lanes);
+    load(number_from(first));
     const int count = open.counts[segment].x;
-    for (; first < count; first += sharers * rows) {
-        const bool listed = first + lane / Lanes < count;
+    const auto touch_next = [&] {  // x is read from DRAM, a step ahead
+        if (number_from(first) < count) touch_row(a.x.row(seen.row(next_own)), a.x.columns);
+    };
+    if (Lanes > 1) touch_next();
+    while (first < count) {
+        const bool listed = number_from(first) < count;
         const std::int64_t row = listed ? seen.row(next_own) : 0;
         const open_words words = next_words.cut(listed ? open_words::most(tiles) : 0, tiles);
-        load(first + sharers * rows + lane / Lanes);
+        const int word = listed && lane % Lanes < open_words::most(tiles) ? next_word : open_words::none;
+        first += sharers * rows;
+        load(number_from(first));
         const X* x = a.x.row(row);
         device::exact_choice choice;
         const auto consider = [&](std::int64_t k0, std::int64_t k1) {  // two codes at a time
@@ -229,15 +242,16 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
             for (std::int64_t k; (k = code(reader.next())) >= 0;) consider(k, code(reader.next()));
         } else {
             const unsigned lanes = ((1u << Lanes) - 1) << (lane / Lanes * Lanes);
-            touch_row(x, a.x.columns);
+            const shared_reader reader(word, tiles, lanes);
             float least = __int_as_float(0x7F800000);
             int here = Lanes;  // codes that the lanes hold, one each
 #pragma unroll 1
             for (int i = 0; here == Lanes; i += Lanes) {
-                const std::int64_t own = code(words.listed(i + lane % Lanes, tiles));
+                const std::int64_t own = code(reader.listed(i + lane % Lanes));
                 if (own >= 0)  // all of them at once, so that they do not wait for each other
                     for (std::int64_t d = 0; d < a.x.columns; d += line_bytes / static_cast<int>(sizeof(C)))
                         arch::touch(a.codebook.row(own) + d);
+                if (i == 0) touch_next();
                 here = __popc(__ballot_sync(lanes, own >= 0));
                 const float near = filter_distance(x, a.codebook, a.x.columns, lanes, own, here, least);
                 const float limit = device::filter_limit(least, a.x.columns);

@@ -128,6 +128,45 @@ private:
     unsigned columns_ = 0, left_ = 0;
 };
 
+/// The same by eight lanes together, `lanes` of a warp, each with a word of its own.
+class shared_reader {
+public:
+    __device__ shared_reader(int word, int tiles, unsigned lanes) : lanes_(lanes), word_(word) {
+        const int own = static_cast<int>(threadIdx.x) % width;
+        const bool is_set = open_words::is_set(word, tiles);
+        const unsigned sets = __ballot_sync(lanes, is_set) >> static_cast<int>(threadIdx.x) % 32 / width * width;
+        const unsigned before = sets & ((1u << own) - 1);
+        columns_ = static_cast<unsigned>(__shfl_sync(lanes, word, 31 - __clz(static_cast<int>(before)), width)) &
+                   (open_words::column_sets - 1);
+        count_ = word >= 0 ? 1 : !is_set && word <= open_words::first_group ? __popc(columns_) : 0;
+        end_ = count_;
+#pragma unroll
+        for (int step = 1; step < width; step *= 2) {
+            const int others = __shfl_up_sync(lanes, end_, step, width);
+            if (own >= step) end_ += others;
+        }
+    }
+
+    /// The i-th code, as `open_words::listed`; the lanes may ask for different ones.
+    __device__ int listed(int i) const {
+        int from = 0;  // the lane whose word lists it
+#pragma unroll
+        for (int lane = 0; lane < width; ++lane) from += __shfl_sync(lanes_, end_, lane, width) <= i ? 1 : 0;
+        const int word = __shfl_sync(lanes_, word_, from, width);
+        unsigned columns = __shfl_sync(lanes_, columns_, from, width);
+        int left = i - __shfl_sync(lanes_, end_ - count_, from, width);
+        if (from == width) return open_words::none;
+        if (word >= 0) return word;
+        for (; left > 0; --left) columns &= columns - 1;
+        return score_table::code(open_words::first_group - word, __ffs(static_cast<int>(columns)) - 1);
+    }
+
+private:
+    static constexpr int width = 8;
+    unsigned lanes_, columns_;
+    int word_, count_, end_;  // end_: codes that this word and those before it list
+};
+
 /// What the filter leaves of one warpgroup's 64 rows.
 struct row_results {
     static constexpr int rows = scored_rows;
