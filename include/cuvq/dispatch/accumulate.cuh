@@ -205,8 +205,10 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance&
             const std::int64_t runs = (count + m.run - 1) / m.run;
             detail::launch_next(depends, sum, static_cast<unsigned>(runs * slices), sum_tile::threads, stream, 0, a, s,
                                 sum_tile::lanes(columns), vectors, onto, invalid_rows);
+            constexpr int merge_warps = sum_tile::merge_threads / 32;
             if (runs > 1)
-                detail::launch_next(depends, kernel::merge_runs<sum_tile>, static_cast<unsigned>((runs - 1) * slices),
+                detail::launch_next(depends, kernel::merge_runs<sum_tile>,
+                                    static_cast<unsigned>(((runs - 2) / merge_warps + 1) * slices),
                                     sum_tile::merge_threads, stream, 0, a.counts, a.sums, s, onto);
         }
         first += count;

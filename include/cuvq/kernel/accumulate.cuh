@@ -529,58 +529,93 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::
         atomicAdd(invalid_rows, static_cast<unsigned long long>(left_out));
 }
 
-/// The codes of several runs. A block takes Tile::columns columns of the one that starts in its run and goes on beyond
-/// it, if there is one; its warps take every Tile::merge_threads / 32-th run.
+/// The codes of several runs: of Tile::columns columns a warp takes the code that starts in its run and goes on beyond
+/// it, if there is one; of one that spans many runs, all warps of the block every so many-th.
 template <class Tile>
 __global__ __launch_bounds__(Tile::merge_threads) void merge_runs(vector_ref<float> counts, matrix_ref<float> sums,
                                                                   sorted_rows s, bool add) {
     constexpr int warps = Tile::merge_threads / 32, columns_per_lane = Tile::columns / 32, ahead = 4;
+    constexpr std::int64_t many = 4 * ahead;
     __shared__ double shared_sum[warps][Tile::columns];
+    __shared__ double shared_count[warps];
     arch::wait_for_predecessor();
     arch::let_successor_start();
-    __shared__ double shared_count[warps];
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const std::int64_t columns = sums.columns, slices = (columns - 1) / Tile::columns + 1;
-    const std::int64_t own = blockIdx.x / slices, slice = blockIdx.x % slices * Tile::columns;
-    const std::int64_t begin = own * s.run, next = begin + s.run;
-    if (next >= *s.count) return;
-    const std::uint32_t code = s.rows[next].code;
-    if (s.rows[next - 1].code != code) return;
-    const bool whole = s.rows[begin].code == code;
-    if (whole && begin > 0 && s.rows[begin - 1].code == code) return;
-
-    const std::int64_t last = s.last_run[code];
-    double sum[columns_per_lane] = {}, count = 0;
-    for (std::int64_t run = own + warp; run <= last; run += warps * ahead) {
-        double value[ahead][columns_per_lane];
+    const std::int64_t first = blockIdx.x / slices * warps, slice = blockIdx.x % slices * Tile::columns;
+    const std::int64_t all = *s.count;
+    // Of the code that starts in run `own` and goes on: the code, its last run, and whether the run's first row has it.
+    struct span {
+        std::uint32_t code = coded_row::none;
+        std::int64_t last = -1;  // -1: no such code
+        bool whole = false;
+    };
+    const auto span_of = [&](std::int64_t own) {
+        span found;
+        const std::int64_t begin = own * s.run, next = begin + s.run;
+        if (next >= all) return found;
+        const std::uint32_t before = s.rows[begin > 0 ? begin - 1 : 0].code, start = s.rows[begin].code;
+        const std::uint32_t end = s.rows[next - 1].code;
+        found.code = s.rows[next].code;
+        found.whole = start == found.code;
+        if (end == found.code && !(found.whole && begin > 0 && before == found.code))
+            found.last = s.last_run[found.code];
+        return found;
+    };
+    // Adds up runs from, from + step, ... of the span that starts in run `own`.
+    const auto add_up = [&](const span& of, std::int64_t own, std::int64_t from, int step, double& count,
+                            double(&sum)[columns_per_lane]) {
+        for (std::int64_t run = from; run <= of.last; run += step * ahead) {
+            double value[ahead][columns_per_lane];
 #pragma unroll
-        for (int i = 0; i < ahead; ++i) {
-            const std::int64_t from = run + i * warps, slot = 2 * from + (from == own && !whole ? 1 : 0);
+            for (int i = 0; i < ahead; ++i) {
+                const std::int64_t at = run + i * step, slot = 2 * at + (at == own && !of.whole ? 1 : 0);
 #pragma unroll
-            for (int c = 0; c < columns_per_lane; ++c) {
-                const std::int64_t d = slice + lane + 32 * c;
-                value[i][c] = from <= last && d < columns ? s.partial_sums[slot * columns + d] : 0.0;
+                for (int c = 0; c < columns_per_lane; ++c) {
+                    const std::int64_t d = slice + lane + 32 * c;
+                    value[i][c] = at <= of.last && d < columns ? s.partial_sums[slot * columns + d] : 0.0;
+                }
+                if (at <= of.last) count += s.partial_counts[slot];
             }
-            if (from <= last) count += s.partial_counts[slot];
+#pragma unroll
+            for (int i = 0; i < ahead; ++i)
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c) sum[c] += value[i][c];
         }
+    };
+    const span mine = span_of(first + warp);
+    const bool is_long = mine.last - (first + warp) >= many;
+    if (mine.last >= 0 && !is_long) {
+        double sum[columns_per_lane] = {}, count = 0;
+        add_up(mine, first + warp, first + warp, 1, count, sum);
 #pragma unroll
-        for (int i = 0; i < ahead; ++i)
-#pragma unroll
-            for (int c = 0; c < columns_per_lane; ++c) sum[c] += value[i][c];
+        for (int c = 0; c < columns_per_lane; ++c)
+            if (slice + lane + 32 * c < columns) put(sums.row(mine.code)[slice + lane + 32 * c], sum[c], add);
+        if (lane == 0 && slice == 0) put(counts[mine.code], count, add);
     }
+    if (!__syncthreads_or(is_long)) return;
+    for (int w = 0; w < warps; ++w) {
+        const std::int64_t own = first + w;
+        const span of = span_of(own);
+        if (of.last - own < many) continue;
+        double sum[columns_per_lane] = {}, count = 0;
+        add_up(of, own, own + warp, warps, count, sum);
 #pragma unroll
-    for (int c = 0; c < columns_per_lane; ++c) shared_sum[warp][lane + 32 * c] = sum[c];
-    if (lane == 0) shared_count[warp] = count;
-    __syncthreads();
-    for (int c = static_cast<int>(threadIdx.x); c < Tile::columns && slice + c < columns; c += Tile::merge_threads) {
-        double total = 0;
-        for (int w = 0; w < warps; ++w) total += shared_sum[w][c];
-        put(sums.row(code)[slice + c], total, add);
-    }
-    if (threadIdx.x == 0 && slice == 0) {
-        double total = 0;
-        for (int w = 0; w < warps; ++w) total += shared_count[w];
-        put(counts[code], total, add);
+        for (int c = 0; c < columns_per_lane; ++c) shared_sum[warp][lane + 32 * c] = sum[c];
+        if (lane == 0) shared_count[warp] = count;
+        __syncthreads();
+        for (int c = static_cast<int>(threadIdx.x); c < Tile::columns && slice + c < columns;
+             c += Tile::merge_threads) {
+            double total = 0;
+            for (int other = 0; other < warps; ++other) total += shared_sum[other][c];
+            put(sums.row(of.code)[slice + c], total, add);
+        }
+        if (threadIdx.x == 0 && slice == 0) {
+            double total = 0;
+            for (const double c : shared_count) total += c;
+            put(counts[of.code], total, add);
+        }
+        __syncthreads();
     }
 }
 

@@ -260,6 +260,28 @@ __global__ __launch_bounds__(Tile::bins* Tile::warps) void scan_histograms(std::
     if (warp == 0) totals[bin] = total;
 }
 
+/// Lanes of the warp whose digit, below 2^bits or `none`, is that of this one, for several digits at once. (By a vote
+/// on each bit: of digits that differ, the instruction made for this takes several times as long.) Whole warp,
+/// converged.
+template <int V>
+__device__ void find_peers(const std::uint32_t (&digit)[V], int bits, unsigned (&peers)[V]) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+        const bool valid = digit[i] != coded_row::none;
+        const unsigned votes = __ballot_sync(0xFFFFFFFFu, valid);
+        peers[i] = valid ? votes : ~votes;
+    }
+#pragma unroll 1
+    for (int b = 0; b < bits; ++b) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            const bool bit = digit[i] >> b & 1u;
+            const unsigned votes = __ballot_sync(0xFFFFFFFFu, bit);
+            peers[i] &= bit ? votes : ~votes;
+        }
+    }
+}
+
 /// Writes the rows of this block's chunk where they belong, and their number to `placed`. Within a tile, warps count
 /// their digits, the counts are summed up over the warps, and each warp numbers its rows in order from there.
 /// `gathers`: a tile has several rows for each bin, and sorts them in shared memory first, since scattered writes are
@@ -309,15 +331,15 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
     walk_chunk<Block>(source, pass.chunk, [&](const coded_row(&rows)[Block::rows_per_lane]) {
         for (std::uint32_t w = lane; w < words; w += 32) shared_words[warp * words + w] = 0;
         __syncwarp();
-        std::uint32_t digit[Block::rows_per_lane], peers[Block::rows_per_lane];
+        std::uint32_t digit[Block::rows_per_lane];
+        unsigned peers[Block::rows_per_lane];
 #pragma unroll
         for (int i = 0; i < Block::rows_per_lane; ++i) {
             const bool valid = rows[i].code != coded_row::none;
             digit[i] = valid ? pass.digit(rows[i].code) : coded_row::none;
             if (valid) atomicAdd(&shared_words[warp * words + digit[i] / 2], digit[i] % 2 ? 0x10000u : 1u);
         }
-#pragma unroll
-        for (int i = 0; i < Block::rows_per_lane; ++i) peers[i] = __match_any_sync(0xFFFFFFFFu, digit[i]);
+        find_peers(digit, 32 - __clz(static_cast<int>(pass.bins - 1)), peers);
         __syncthreads();
         std::uint32_t tile_bins[words_per_thread];  // two bins a word: the rows of the tile
 #pragma unroll
