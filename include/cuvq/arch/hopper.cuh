@@ -81,7 +81,7 @@ struct cluster {
 };
 
 /// Where the blocks of a cluster send things to; in shared memory. It counts the bytes that come in, so that neither
-/// side pays for a fence. Of a cluster of one, ordinary stores and barriers.
+/// side pays for a fence of global memory. Of a cluster of one, ordinary stores and barriers.
 template <int Blocks>
 struct mailbox {
     std::uint64_t barrier;

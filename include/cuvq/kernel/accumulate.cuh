@@ -127,7 +127,8 @@ struct open_segment {
     double count = 0;  // of weights; every thread has it
 };
 
-/// Shared memory of `sum_segments`: of each warp's rows, the segment that holds the first, and the last, if another.
+/// Shared memory of `sum_segments` and `merge_segments`: of each warp's rows, the segment that holds the first, and the
+/// last, if another.
 template <class Tile>
 struct segment_storage {
     double sum[Tile::threads / 32][2][Tile::columns];

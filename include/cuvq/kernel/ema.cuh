@@ -38,7 +38,7 @@ struct ema_tally {
     unsigned long long* skipped = nullptr;
 };
 
-/// Reads what the update of code k will, so that it is at hand by then. Whole warp.
+/// Reads what the update of code k will, and the row that it writes, which its image is made from. Whole warp.
 template <class T>
 __device__ void touch_code(const state_ref<T>& state, std::int64_t k) {
     for (std::int64_t d = threadIdx.x % 32; d < state.embed_sum.columns; d += 32) {

@@ -135,7 +135,7 @@ __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source
             atomicAdd(&shared.place[warp][within], 1u);
         }
         found += static_cast<int>(sum_of_bytes(all));
-        __syncwarp();
+        __syncwarp();  // together again for the next round's shuffles
     }
     __syncthreads();
     if (warp == 0) {  // by code, then by warp

@@ -156,8 +156,8 @@ __device__ void touch_row(const T* row, std::int64_t columns) {
     for (std::int64_t d = threadIdx.x % lanes * line; d < columns; d += lanes * line) arch::touch(row + d);
 }
 
-/// The SIMT filter's value of each lane's code: the first `here` lanes of a group of eight have one. `least` gets the
-/// least of them. `lanes`: the group's, all of which call this.
+/// The SIMT filter's value of each lane's code: the first `here` lanes of a group of eight have one. `least` is
+/// lowered to the least of them. `lanes`: the group's, all of which call this.
 template <class X, class C>
 __device__ float filter_distance(const X* row, const matrix_ref<const C>& codebook, std::int64_t columns,
                                  unsigned lanes, std::int64_t own, int here, float& least) {

@@ -61,7 +61,8 @@ struct alignas(16) open_words {
         return are_short(tiles) ? static_cast<std::int16_t>(bits[i / 2] >> i % 2 * 16) : bits[i];
     }
     /// Of the codes that are listed, by themselves or by group and columns, the i-th, maybe one beyond the last of the
-    /// codebook; or `none`. For lanes that want one each: one that wants them all had better have a `word_reader`.
+    /// codebook; or `none`. For lanes that want one each: one that wants them all had better have a `word_reader`,
+    /// eight lanes of one row a `shared_reader`.
     __device__ int listed(int i, int tiles) const {
         unsigned columns = 0;
         for (int at = 0; at < most(tiles); ++at) {
@@ -128,7 +129,7 @@ private:
     unsigned columns_ = 0, left_ = 0;
 };
 
-/// The same by eight lanes together, `lanes` of a warp, each with a word of its own.
+/// The same by eight lanes together, `lanes` of a warp, each with a word of its own. A group comes after a set.
 class shared_reader {
 public:
     __device__ shared_reader(int word, int tiles, unsigned lanes) : lanes_(lanes), word_(word) {
@@ -372,7 +373,7 @@ private:
             return;
         }
         const int groups = groups_of(lead, least);
-        const bool one_by_one = groups * __popc(columns) <= 1 + groups;  // as few words as of a set and groups
+        const bool one_by_one = groups * __popc(columns) <= 1 + groups;  // no more words than a set and its groups take
         if (!one_by_one) to.put(at++, open_words::of_columns(columns, tiles), tiles);
 #pragma unroll
         for (int i = 0; i < group_leaders<Many>::kept; ++i) {
