@@ -537,22 +537,22 @@ __global__ __launch_bounds__(Tile::merge_threads) void merge_runs(vector_ref<flo
                                                                   sorted_rows s, bool add) {
     constexpr int warps = Tile::merge_threads / 32, columns_per_lane = Tile::columns / 32, ahead = 4;
     constexpr std::int64_t many = 4 * ahead;
+    struct span {
+        std::uint32_t code;
+        bool whole;         // the run's first row has it
+        std::int64_t last;  // run; -1: no such code
+    };
     __shared__ double shared_sum[warps][Tile::columns];
     __shared__ double shared_count[warps];
+    __shared__ span shared_span[warps];
     arch::wait_for_predecessor();
     arch::let_successor_start();
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const std::int64_t columns = sums.columns, slices = (columns - 1) / Tile::columns + 1;
     const std::int64_t first = blockIdx.x / slices * warps, slice = blockIdx.x % slices * Tile::columns;
     const std::int64_t all = *s.count;
-    // Of the code that starts in run `own` and goes on: the code, its last run, and whether the run's first row has it.
-    struct span {
-        std::uint32_t code = coded_row::none;
-        std::int64_t last = -1;  // -1: no such code
-        bool whole = false;
-    };
-    const auto span_of = [&](std::int64_t own) {
-        span found;
+    const auto span_of = [&](std::int64_t own) {  // of the code that starts in this run and goes on
+        span found{coded_row::none, false, -1};
         const std::int64_t begin = own * s.run, next = begin + s.run;
         if (next >= all) return found;
         const std::uint32_t before = s.rows[begin > 0 ? begin - 1 : 0].code, start = s.rows[begin].code;
@@ -594,10 +594,11 @@ __global__ __launch_bounds__(Tile::merge_threads) void merge_runs(vector_ref<flo
             if (slice + lane + 32 * c < columns) put(sums.row(mine.code)[slice + lane + 32 * c], sum[c], add);
         if (lane == 0 && slice == 0) put(counts[mine.code], count, add);
     }
+    if (lane == 0) shared_span[warp] = mine;
     if (!__syncthreads_or(is_long)) return;
     for (int w = 0; w < warps; ++w) {
         const std::int64_t own = first + w;
-        const span of = span_of(own);
+        const span of = shared_span[w];
         if (of.last - own < many) continue;
         double sum[columns_per_lane] = {}, count = 0;
         add_up(of, own, own + warp, warps, count, sum);

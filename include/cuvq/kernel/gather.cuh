@@ -101,6 +101,7 @@ __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source
     using storage = gather_storage<Tile>;
     constexpr int warps = storage::warps, most_codes = storage::most_codes;
     constexpr int quads = 4, round = 128 * quads;  // rows of a warp at a time: of a lane, so many times four
+    constexpr int many_hits = 6;                   // of a lane
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int count = static_cast<int>(source.count), per_warp = ((count - 1) / (128 * warps) + 1) * 128;
     const int first = warp * per_warp, stop = min(first + per_warp, count);
@@ -123,16 +124,29 @@ __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source
         for (int q = 0; q < quads; ++q) counts |= __popc(hits >> 4 * q & 15u) << 8 * q;
         std::uint32_t before, all;
         cub::WarpScan<std::uint32_t>(shared.scan[warp]).ExclusiveSum(counts, before, all);
-        // Most lanes have a hit or none: a loop over them is shorter than looking at each code again.
-#pragma unroll 1
-        for (unsigned left = hits; left != 0; left &= left - 1) {
-            const int i = __ffs(static_cast<int>(left)) - 1, q = i / 4, in_quad = i % 4;
-            const std::uint32_t within = codes.within(element(code, i));
-            const int row = at - first + 4 * lane + 128 * q + in_quad;
-            const unsigned to = sum_of_bytes(all & ((1u << 8 * q) - 1)) + (before >> 8 * q & 255u) +
-                                __popc(hits >> 4 * q & ((1u << in_quad) - 1));
-            shared.found[warp][found + to] = static_cast<std::uint16_t>(within << 10 | row);
+        const auto put = [&](int i, std::uint32_t of, int to) {
+            const std::uint32_t within = codes.within(of);
+            const int row = at - first + 4 * lane + 128 * (i / 4) + i % 4;
+            shared.found[warp][to] = static_cast<std::uint16_t>(within << 10 | row);
             atomicAdd(&shared.place[warp][within], 1u);
+        };
+        const auto place_of = [&](int q) {  // of the lane's first hit in quad q
+            return found + static_cast<int>(sum_of_bytes(all & ((1u << 8 * q) - 1)) + (before >> 8 * q & 255u));
+        };
+        if (__any_sync(0xFFFFFFFFu, __popc(hits) > many_hits)) {  // as where most rows have one code
+#pragma unroll
+            for (int q = 0; q < quads; ++q) {
+                int to = place_of(q);
+#pragma unroll
+                for (int i = 4 * q; i < 4 * q + 4; ++i)
+                    if (hits >> i & 1u) put(i, code[i], to++);
+            }
+        } else {  // a hit or none: a loop over them is shorter than looking at each code again
+#pragma unroll 1
+            for (unsigned left = hits; left != 0; left &= left - 1) {
+                const int i = __ffs(static_cast<int>(left)) - 1, q = i / 4;
+                put(i, element(code, i), place_of(q) + __popc(hits >> 4 * q & ((1u << i % 4) - 1)));
+            }
         }
         found += static_cast<int>(sum_of_bytes(all));
         __syncwarp();  // together again for the next round's shuffles
@@ -184,9 +198,16 @@ __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source
         next = at + 32 + lane < found ? shared.found[warp][at + 32 + lane] : none;
         const unsigned leader = __shfl_sync(0xFFFFFFFFu, code, 0);
         if (__all_sync(0xFFFFFFFFu, code == leader)) {  // as where most rows have one code
-            put_row(shared.place[warp][code] + lane, entry);
+            const unsigned place = shared.place[warp][code];
+            unsigned rows = 32;
+            put_row(place + lane, entry);
+            for (; __all_sync(0xFFFFFFFFu, next >> 10 == leader); rows += 32) {
+                put_row(place + rows + lane, next);
+                at += 32;
+                next = at + 32 + lane < found ? shared.found[warp][at + 32 + lane] : none;
+            }
             __syncwarp();
-            if (lane == 0) shared.place[warp][code] += 32;
+            if (lane == 0) shared.place[warp][code] = place + rows;
         } else {
             const unsigned peers = __match_any_sync(0xFFFFFFFFu, code);
             const int before = __popc(peers & ((1u << lane) - 1));

@@ -260,13 +260,14 @@ __global__ __launch_bounds__(Tile::bins* Tile::warps) void scan_histograms(std::
     if (warp == 0) totals[bin] = total;
 }
 
-/// Lanes of the warp whose digit, below 2^bits or `none`, is that of this one, for several digits at once. (By a vote
-/// on each bit: of digits that differ, the instruction made for this takes several times as long.) Whole warp,
-/// converged.
+/// Lanes of the warp whose digit, below 2^bits or `none`, is that of this one, for the first `used` of several digits.
+/// (By a vote on each bit: of digits that differ, the instruction made for this takes several times as long.) Whole
+/// warp, converged.
 template <int V>
-__device__ void find_peers(const std::uint32_t (&digit)[V], int bits, unsigned (&peers)[V]) {
+__device__ void find_peers(const std::uint32_t (&digit)[V], int used, int bits, unsigned (&peers)[V]) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
+        if (i >= used) break;
         const bool valid = digit[i] != coded_row::none;
         const unsigned votes = __ballot_sync(0xFFFFFFFFu, valid);
         peers[i] = valid ? votes : ~votes;
@@ -275,6 +276,7 @@ __device__ void find_peers(const std::uint32_t (&digit)[V], int bits, unsigned (
     for (int b = 0; b < bits; ++b) {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
+            if (i >= used) break;
             const bool bit = digit[i] >> b & 1u;
             const unsigned votes = __ballot_sync(0xFFFFFFFFu, bit);
             peers[i] &= bit ? votes : ~votes;
@@ -332,14 +334,16 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
         for (std::uint32_t w = lane; w < words; w += 32) shared_words[warp * words + w] = 0;
         __syncwarp();
         std::uint32_t digit[Block::rows_per_lane];
-        unsigned peers[Block::rows_per_lane];
+        unsigned peers[Block::rows_per_lane] = {};
 #pragma unroll
         for (int i = 0; i < Block::rows_per_lane; ++i) {
             const bool valid = rows[i].code != coded_row::none;
             digit[i] = valid ? pass.digit(rows[i].code) : coded_row::none;
             if (valid) atomicAdd(&shared_words[warp * words + digit[i] / 2], digit[i] % 2 ? 0x10000u : 1u);
         }
-        find_peers(digit, 32 - __clz(static_cast<int>(pass.bins - 1)), peers);
+        const int used =
+            static_cast<int>((pass.chunk < Block::most_tile ? pass.chunk : Block::most_tile) / Block::threads);
+        find_peers(digit, used, 32 - __clz(static_cast<int>(pass.bins - 1)), peers);
         __syncthreads();
         std::uint32_t tile_bins[words_per_thread];  // two bins a word: the rows of the tile
 #pragma unroll
