@@ -430,21 +430,32 @@ void add_ema_update(fixture& s, const cuvq::shape& shape, const char* type, cons
     });
 }
 
+/// A step, or `apart`, the same as a call of `quantize` and one of `ema_update`.
 template <class X>
-void add_train_step(fixture& s, const cuvq::shape& shape, const char* type, bool prepared) {
-    const char* variant = prepared ? "prepared" : "";
-    add(s, {"train_step", "cuvq", type, shape, variant}, [&s, prepared](benchmark::State& state, const row& r) {
+void add_train_step(fixture& s, const cuvq::shape& shape, const char* type, bool prepared, bool apart) {
+    const char* variant = apart ? (prepared ? "prepared_apart" : "apart") : prepared ? "prepared" : "";
+    add(s, {"train_step", "cuvq", type, shape, variant}, [&s, prepared, apart](benchmark::State& state, const row& r) {
         auto& judged = s.get<X>(r.shape);
         const auto& p = judged.data;
         const train_params params = ema_params::rectokens();
         const ema_memory ema(p.codebook, p.shape, params, prepared);
-        const lent_memory memory(train_step_workspace_bytes(p.shape, params));
+        quantize_params search;
+        search.prepared = ema.view().prepared;
+        const lent_memory memory(
+            apart ? std::max(quantize_workspace_bytes(p.shape, search), ema_update_workspace_bytes(p.shape, params))
+                  : train_step_workspace_bytes(p.shape, params));
         const auto reset = [&] {
             ema.reset(s.watch.stream());
             p.codes.poison(s.watch.stream());
         };
         const auto launch = [&](int set) {
-            train_step(ema.view(), p.x_of(set), p.codes_of(set), discard, params, memory.lend(), s.watch.stream());
+            if (!apart) {
+                train_step(ema.view(), p.x_of(set), p.codes_of(set), discard, params, memory.lend(), s.watch.stream());
+                return;
+            }
+            quantize(p.x_of(set), ema.view().codebook, p.codes_of(set), discard, discard, search, memory.lend(),
+                     s.watch.stream());
+            ema_update(ema.view(), p.x_of(set), p.codes_of(set), params, memory.lend(), s.watch.stream());
         };
         const auto m = s.watch.time(p.sets, reset, launch);
         reset();
@@ -467,8 +478,13 @@ void add_shape(fixture& s, const cuvq::shape& shape, const char* type) {
         if (s.settings.wants("accumulate")) add_accumulate<X>(s, shape, type, codes);
         if (s.settings.wants("ema_update")) add_ema_update<X>(s, shape, type, codes);
     }
-    if (s.settings.wants("train_step")) add_train_step<X>(s, shape, type, false);
-    if (s.settings.wants("train_step") && std::is_same_v<X, float>) add_train_step<X>(s, shape, type, true);
+    if (!s.settings.wants("train_step")) return;
+    add_train_step<X>(s, shape, type, false, false);
+    if constexpr (std::is_same_v<X, float>) {
+        add_train_step<X>(s, shape, type, true, false);
+        add_train_step<X>(s, shape, type, false, true);
+        add_train_step<X>(s, shape, type, true, true);
+    }
 }
 
 std::string version_text(int version) {

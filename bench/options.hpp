@@ -82,11 +82,12 @@ VARIANT: of quantize, codes (nothing else is written; the codebook is prepared
 in every call), prepared (it was before), fast (the same with accuracy::fast),
 all (as codes; quantized rows and distances too) or fast_all (the same with
 accuracy::fast); of train_step in float, also prepared (the state carries a
-prepared codebook, which each step keeps fresh); of accumulate and ema_update,
-how the given codes are distributed. ema_update and train_step follow
-RecTokens' rules: a code restarts from a row of the batch after 20 steps without
-one. Their state is reset before each sample, with the counts of idle steps
-spread evenly, so that each step restarts a twentieth of the idle codes.
+prepared codebook, which each step keeps fresh), apart and prepared_apart (the
+same as two calls, quantize and ema_update); of accumulate and ema_update, how
+the given codes are distributed. ema_update and train_step follow RecTokens'
+rules: a code restarts from a row of the batch after 20 steps without one. Their
+state is reset before each sample, with the counts of idle steps spread evenly,
+so that each step restarts a twentieth of the idle codes.
 
 Peers: cublas_*_argmin: the matrix of scores by cuBLAS or cuBLASLt (its first
 four choices are tried), then a kernel for the argmin, a warp or a block to the

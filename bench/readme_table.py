@@ -49,6 +49,7 @@ UPDATE_RATIOS = ("read_x", "torch_index_add", "flash_kmeans", "rectokens")
 SUMS = ("torch_index_add", "flash_kmeans", "cub_sort_reduce", "cublas_one_hot")
 UPDATE_ROWS = (
     ((4096, 512, 64), "uniform"),
+    ((32768, 1024, 128), "uniform"),
     ((65536, 1024, 128), "uniform"),
     ((1048576, 1024, 128), "uniform"),
     ((1048576, 1024, 128), "zipf"),
@@ -66,6 +67,7 @@ HALVES = (
 TRAIN = (
     ("**cuvq**", "train_step", "cuvq", "float", ""),
     ("**cuvq**, state with a prepared codebook", "train_step", "cuvq", "float", "prepared"),
+    ("… as two calls", "train_step", "cuvq", "float", "prepared_apart"),
     ("RecTokens", "train_step", "rectokens", "float", ""),
     ("vector-quantize-pytorch, host time included", "train_step", "vector_quantize_pytorch", "float", ""),
 )
@@ -177,7 +179,8 @@ def ratio_table(rows):
     own = rows.own_variant
     columns = ("÷ FP16 product alone", "÷ flash-kmeans", "÷ fastest PyTorch", "fast ÷ exact",
                "added by quantized, distances ÷ copy of x", "half ÷ float", "bfloat16 ÷ float", "hard ÷ normal data",
-               "`train_step` ÷ (`quantize` + 0.9 `ema_update`)", "`ema_update` ÷ one read of x")
+               "`train_step` ÷ (`quantize` + 0.9 `ema_update`)", "`train_step` ÷ both calls, prepared",
+               "`ema_update` ÷ one read of x")
     pytorch = [who for names, title in PYTORCH[:5] for who in names]
     lines = []
     for text, shape in shown(rows, ("seed", "large", "models")):
@@ -198,6 +201,7 @@ def ratio_table(rows):
             ratio(us("quantize", "bfloat16", own), exact),
             ratio(us("quantize", "float", own + "/hard"), exact),
             ratio(us("train_step", "float", ""), codes + 0.9 * update if codes and update else None),
+            ratio(us("train_step", "float", "prepared"), us("train_step", "float", "prepared_apart")),
             ratio(update, update_us(rows, "read_x", shape))]))
     return table("N, K, D", columns, lines) if lines else ""
 

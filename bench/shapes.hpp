@@ -36,6 +36,7 @@ inline constexpr named_shape named_shapes[] = {
     {"models", "ImageGPT", {1048576, 512, 3}},
     {"models", "RecTokens", {1024, 256, 32}},
 
+    {"large", "", {32768, 1024, 128}},
     {"large", "", {65536, 1024, 128}},
     {"large", "", {65536, 8192, 256}},
     {"large", "", {1048576, 1024, 128}},

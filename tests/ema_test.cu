@@ -211,6 +211,40 @@ TEST_F(EmaSmall, UpdateIsAccumulateThenApply) {
         }
 }
 
+TEST_F(EmaTest, LaunchesAreAsManyAsTheHeadersSay) {
+    random_source random;
+    const auto launches = [](auto body) { return captured_graph(body).kernels(); };
+    for (const std::int64_t n : {8192, 8193}) {  // the one launch, and sorting
+        SCOPED_TRACE(testing::Message() << n << " rows");
+        const std::int64_t k = 30, d = 12;
+        const auto before = trained_state<float>(random, k, d);
+        update_memory<float, float> memory(before, random.normals<float>(n, d), skewed_codes(random, n, k), {});
+        device_array<float> counts(k);
+        device_matrix<float> sums(k, d);
+        const int adding = launches([&](cudaStream_t stream) {
+            accumulate(memory.x.view(), memory.codes.view(), counts.view(), sums.view(), {}, {}, stream);
+        });
+        for (const auto& rule : every_rule()) {
+            SCOPED_TRACE(rule.first);
+            const ema_params& params = rule.second;
+            const bool needs_total =
+                params.rule == ema_rule::laplace || params.dead_codes == dead_code_rule::usage_ratio;
+            EXPECT_EQ(launches([&](cudaStream_t stream) {
+                          ema_apply(memory.state.view(), counts.view(), sums.view(), memory.x.view(), params, {},
+                                    stream);
+                      }),
+                      needs_total ? 2 : 1);
+            EXPECT_EQ(launches([&](cudaStream_t stream) {
+                          ema_update(memory.state.view(), memory.x.view(), memory.codes.view(), params, {}, stream);
+                      }),
+                      needs_total ? adding + 2
+                      : n <= 8192 ? 1
+                                  : adding + 1);
+        }
+        EXPECT_EQ(adding == 1, n <= 8192);
+    }
+}
+
 // ---- shapes ---------------------------------------------------------------------------------------------------------
 
 TEST_F(EmaSmall, OddDimensions) {

@@ -458,6 +458,48 @@ TEST_F(TrainStepTest, FastCodesAreThoseOfAFastQuantize) {
         }
 }
 
+TEST_F(TrainStepTest, ASearchThatCountsDigitsSparesTheUpdateALaunch) {
+    random_source random;
+    const bool is_hopper = dispatch::serves_sm90<sm90_d77, float, float>(600, 64);  // this device and build
+    struct {
+        std::int64_t n, k, d;
+        bool counts;
+    } cases[] = {{65536, 1000, 64, true},  // a chunk of rows for each block of the search
+                 {600001, 300, 20, true},  // two
+                 {60001, 256, 9, true},    // where -1 may be a code, but not of this type
+                 {40000, 5000, 40, true},  // sorted digit by digit
+                 {9000, 1, 128, false},    // searched without tensor cores
+                 {10000, 2000, 3, false},  // too little room
+                 {3000, 300, 20, false}};  // not sorted
+    for (const auto& [n, k, d, counts] : cases) {
+        SCOPED_TRACE(testing::Message() << n << " rows, " << k << " codes, " << d << " columns");
+        auto x = random.normals<float>(n, d);
+        x(n / 3, 1) = nan;
+        const auto before = trained_state<float>(random, k, d);
+        const auto params = ema_params::rectokens();
+        expect_quantize_then_update(before, x, params, accuracy::exact);
+
+        train_memory<float, float> memory(before, x, params, std::vector<float>(static_cast<std::size_t>(n), 0.5f));
+        const auto launches = [](auto body) { return captured_graph(body).kernels(); };
+        const auto step = [&](const train_params& p) {
+            return launches([&](cudaStream_t stream) {
+                train_step(memory.state.view(), memory.x.view(), memory.codes.view(), discard, p, {}, stream);
+            });
+        };
+        const int search = launches([&](cudaStream_t stream) {
+            quantize(memory.x.view(), memory.state.view().codebook, memory.codes.view(), discard, discard, {}, {},
+                     stream);
+        });
+        const int update = launches([&](cudaStream_t stream) {
+            ema_update(memory.state.view(), memory.x.view(), memory.codes.view(), params, {}, stream);
+        });
+        EXPECT_EQ(step(params), search + update - (is_hopper && counts));
+        train_params weighted = params;
+        weighted.weights = memory.params.weights;
+        EXPECT_EQ(step(weighted), search + update) << "a row with a bad weight is not sorted";
+    }
+}
+
 TEST_F(TrainStepSmall, EmptyAndSingleBatchesAndACodebookLargerThanTheBatch) {
     random_source random;
     for (const auto& [name, params] : presets()) {

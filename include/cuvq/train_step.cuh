@@ -1,6 +1,7 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -25,8 +26,9 @@ namespace detail {
 /// each of whose kernels waits for the end of the search before it writes anything.
 struct train_scratch {
     update_tally counters;
-    kernel::search_tally tally;  // loss and rows_without, with stats
-    float* distances = nullptr;  // [N], where -1 may be a code
+    kernel::search_tally tally;      // loss and rows_without, with stats
+    float* distances = nullptr;      // [N], where -1 may be a code
+    dispatch::digit_scratch digits;  // in the same place there, without these distances
     carver place;
     dispatch::search_scratch search;
     update_scratch update;
@@ -36,10 +38,27 @@ struct train_scratch {
         return codes == std::int64_t{1} << 8 || codes == std::int64_t{1} << 16 || codes == std::int64_t{1} << 32;
     }
 
+    /// Room for the digits that the search counts for the sort of the update, if there is one: at most 4 bytes for each
+    /// row and two copies of the codebook.
+    static dispatch::digit_scratch take_digits(carver& c, const shape& s, float* distances) {
+        constexpr std::int64_t most_chunks = 2 * dispatch::most_blocks;
+        dispatch::digit_scratch d;
+        if (gather_shapes::include(s.vectors, s.codes, s.dimensions) || s.vectors > dispatch::most_slice_rows) return d;
+        const dispatch::sort_plan plan(s.vectors, s.codes);
+        d.counts.bins = plan.bins;
+        d.counts.mask = plan.pass(0).mask;
+        const std::int64_t words = is_ambiguous(s.codes) ? s.vectors : s.vectors + 2 * s.codes * s.dimensions;
+        d.most_chunks = std::min(most_chunks, words / plan.bins);
+        d.room = is_ambiguous(s.codes) ? reinterpret_cast<std::uint32_t*>(distances)
+                                       : c.take<std::uint32_t>(d.most_chunks * plan.bins);
+        return d;
+    }
+
     train_scratch(carver& c, const shape& s, const train_params& p)
         : counters(c, p.stats != nullptr),
           tally{p.stats ? c.take<double>(dispatch::most_losses) : nullptr, nullptr, counters.rows_without()},
           distances(is_ambiguous(s.codes) ? c.take<float>(s.vectors) : nullptr),
+          digits(take_digits(c, s, distances)),
           place(c),
           search(place, s, {}),
           update(c, counters, s, p) {
@@ -51,7 +70,8 @@ struct train_scratch {
 
 /// Bytes of workspace that `train_step` takes for this shape and these params: as many as `quantize` (without `stats`
 /// or a prepared codebook) or `ema_update`, whichever takes more, to within 1 KB; plus 4 bytes per row where K is 256
-/// or 65536; plus 257 KB with `params.stats`.
+/// or 65536, elsewhere, for the search to count for the sort, at most that and two copies of the codebook; plus 257 KB
+/// with `params.stats`.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t train_step_workspace_bytes(const shape& s, const train_params& params = {}) {
     detail::check_shape("train_step_workspace_bytes", s);
@@ -89,11 +109,15 @@ void train_step(const State& state, const XView& x, const CodesView& codes, cons
     if (state.prepared.data) m.search.use(state.prepared, s.codes, s.dimensions);
     m.counters.clear(stream);
     constexpr auto last_code = static_cast<std::uint64_t>(std::numeric_limits<detail::value_of<CodesView>>::max());
-    if (static_cast<std::uint64_t>(s.codes - 1) == last_code) args.quantize.distances = {m.distances, s.vectors};
+    if (static_cast<std::uint64_t>(s.codes - 1) == last_code)
+        args.quantize.distances = {m.distances, s.vectors};
+    else if (!args.update.weights)  // rows whose weight is bad are not sorted
+        m.search.digits = &m.digits;
     const std::int64_t losses =
         dispatch::quantize<automatic_tile, dispatch::static_dimensions<XView, decltype(state.codebook)>()>(
             args.quantize, m.tally, m.search, params.accuracy == accuracy::exact, stream);
-    const dispatch::provenance from{true, {args.quantize.distances.data, args.quantize.distances.size}};
+    const dispatch::provenance from{
+        true, {args.quantize.distances.data, args.quantize.distances.size}, m.digits.counts};
     detail::update(args.update, params, from, detail::refresh_of(state.prepared, s.codes, s.dimensions), m.update,
                    stream);
     if (params.stats) {

@@ -267,6 +267,15 @@ public:
             throw;
         }
         check(cudaStreamEndCapture(stream_, &graph));
+        std::size_t count = 0;
+        cudaGraphGetNodes(graph, nullptr, &count);
+        std::vector<cudaGraphNode_t> nodes(count);
+        cudaGraphGetNodes(graph, nodes.data(), &count);
+        for (const cudaGraphNode_t node : nodes) {
+            cudaGraphNodeType type{};
+            cudaGraphNodeGetType(node, &type);
+            kernels_ += type == cudaGraphNodeTypeKernel;
+        }
         const cudaError_t code = cudaGraphInstantiate(&executable_, graph, 0);
         cudaGraphDestroy(graph);
         check(code);
@@ -279,9 +288,11 @@ public:
     }
 
     void replay() { check(cudaGraphLaunch(executable_, stream_)); }
+    int kernels() const { return kernels_; }
 
 private:
     test_stream stream_;
+    int kernels_ = 0;
     cudaGraphExec_t executable_ = nullptr;
 };
 

@@ -35,13 +35,13 @@ struct sort_plan {
     using few_bins = kernel::sort_block<512>;
     using many_bins = kernel::sort_block<256>;
 
-    int passes = 1, bits = 0;  // of a digit
-    std::uint32_t bins = 0;    // of a pass, at most
-    std::int64_t chunk = 0;    // rows of a block
-    std::uint32_t chunks = 0;  // blocks
+    int passes = 1, bits = 0;   // of a digit
+    std::uint32_t bins = 0;     // of a pass, at most
+    kernel::row_chunks rows{};  // of a block
+    std::uint32_t chunks = 0;   // blocks
     bool has_few_bins = true;
 
-    sort_plan(std::int64_t rows, std::int64_t codes) {
+    sort_plan(std::int64_t count, std::int64_t codes) {
         constexpr std::int64_t wanted_chunks = 256;
         int code_bits = 1;
         while (code_bits < 32 && (codes - 1) >> code_bits != 0) ++code_bits;
@@ -50,15 +50,18 @@ struct sort_plan {
         bins = static_cast<std::uint32_t>(passes == 1 ? codes : std::int64_t{1} << bits);
         has_few_bins = bins <= few_bins::most_bins;
         const std::int64_t unit = has_few_bins ? few_bins::threads : 4 * many_bins::threads;
-        chunk = std::max<std::int64_t>(1, (rows + wanted_chunks * unit - 1) / (wanted_chunks * unit)) * unit;
-        chunks = static_cast<std::uint32_t>(std::max<std::int64_t>(1, (rows + chunk - 1) / chunk));
+        const std::int64_t chunk =
+            std::max<std::int64_t>(1, (count + wanted_chunks * unit - 1) / (wanted_chunks * unit)) * unit;
+        rows.chunk = static_cast<std::uint32_t>(chunk / kernel::row_chunks::group_rows);
+        rows.pair = 2 * rows.chunk;
+        chunks = static_cast<std::uint32_t>(std::max<std::int64_t>(1, (count + chunk - 1) / chunk));
     }
     kernel::digit_pass pass(int i) const {
         kernel::digit_pass p;
         p.shift = i * bits;
         p.mask = passes == 1 ? 0xFFFFFFFFu : bins - 1;
         p.bins = bins;
-        p.chunk = chunk;
+        p.chunks = rows;
         return p;
     }
 };
@@ -95,28 +98,33 @@ struct accumulate_scratch {
 struct provenance {
     bool trusted = false;                 // x was found finite wherever there is a code
     vector_ref<const float> distances{};  // NaN for a row without a code, where the codes cannot say so; or null
+    kernel::digit_counts digits{};        // of the codes, if it has counted them
 };
 
-/// One pass of the sort. `clears`: sets counts and sums to zero on the way. `depends`: see detail::launch_next.
+/// One pass of the sort. `counted`: `histogram` holds its digits already. `clears`: sets counts and sums to zero on the
+/// way. `depends`: see detail::launch_next.
 template <class Block>
-void sort_pass(const kernel::row_source& source, const kernel::digit_pass& pass, std::uint32_t chunks,
-               const accumulate_scratch& m, kernel::coded_row* to, std::uint32_t* placed, bool clears,
-               const vector_ref<float>& counts, const matrix_ref<float>& sums, bool depends, cudaStream_t stream) {
-    constexpr std::int64_t cleared = 1 << 13, most = 256;  // sums that are worth a block, and blocks
-    const std::uint32_t clearing = clears ? detail::blocks_for(sums.rows * sums.columns, cleared, most) : 0;
-    detail::launch_next(depends, kernel::count_digits<Block>, std::max(chunks, clearing), Block::threads, stream,
-                        Block::count_bytes(pass.bins), source, pass, m.histogram, chunks, clears, counts, sums);
+void sort_pass(const kernel::row_source& source, const kernel::digit_pass& pass, std::uint32_t chunks, bool counted,
+               std::uint32_t* histogram, const accumulate_scratch& m, kernel::coded_row* to, std::uint32_t* placed,
+               bool clears, const vector_ref<float>& counts, const matrix_ref<float>& sums, bool depends,
+               cudaStream_t stream) {
+    constexpr std::int64_t cleared = 1 << 14, most = 256;  // sums that are worth a block, and blocks
+    if (!counted)
+        detail::launch_next(depends, kernel::count_digits<Block>, chunks, Block::threads, stream,
+                            Block::count_bytes(pass.bins), source, pass, histogram);
     using scan = kernel::scan_tile;
-    detail::launch_next(depends, kernel::scan_histograms<scan>, (pass.bins + scan::bins - 1) / scan::bins,
-                        scan::bins * scan::warps, stream, 0, m.histogram, chunks, pass.bins, m.totals);
+    const std::uint32_t clearing = clears ? detail::blocks_for(sums.rows * sums.columns, cleared, most) : 0;
+    detail::launch_next(depends, kernel::scan_histograms<scan>,
+                        std::max((pass.bins + scan::bins - 1) / scan::bins, clearing), scan::bins * scan::warps, stream,
+                        0, histogram, chunks, pass.bins, m.totals, clears, counts, sums);
     const auto place = kernel::place_rows<Block>;
     const bool gathers = Block::may_gather && depends &&
-                         std::min<std::int64_t>(pass.chunk, Block::most_tile) >= 2 * std::int64_t{pass.bins};
+                         std::min<std::int64_t>(pass.chunks.rows(), Block::most_tile) >= 2 * std::int64_t{pass.bins};
     // What is allowed holds for all threads of the host: it must not depend on the call.
     if (gathers) detail::allow_shared_bytes(place, static_cast<int>(Block::place_bytes(Block::most_bins, true)));
     const std::size_t place_bytes = Block::place_bytes(pass.bins, gathers);
-    detail::launch_next(depends, place, chunks, Block::threads, stream, place_bytes, source, pass, m.histogram,
-                        m.totals, to, placed, gathers);
+    detail::launch_next(depends, place, chunks, Block::threads, stream, place_bytes, source, pass, histogram, m.totals,
+                        to, placed, gathers);
 }
 
 inline kernel::row_source rows_of(const const_codes_ref& codes, const vector_ref<const float>& weights,
@@ -193,8 +201,12 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance&
         }
         for (int i = 0; i < plan.passes; ++i) {
             const auto sort = plan.has_few_bins ? sort_pass<sort_plan::few_bins> : sort_pass<sort_plan::many_bins>;
-            sort(source, plan.pass(i), plan.chunks, m, m.rows[into], m.placed + into, i == 0 && !onto, a.counts, a.sums,
-                 depends, stream);
+            const bool counted = i == 0 && from.digits.histogram;
+            kernel::digit_pass pass = plan.pass(i);
+            if (counted) pass.chunks = from.digits.chunks;
+            sort(source, pass, counted ? pass.chunks.number(count - 1) + 1 : plan.chunks, counted,
+                 counted ? from.digits.histogram : m.histogram, m, m.rows[into], m.placed + into, i == 0 && !onto,
+                 a.counts, a.sums, depends, stream);
             source.rows = m.rows[into];
             source.row_count = m.placed + into;
             into = 1 - into;

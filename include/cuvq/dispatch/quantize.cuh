@@ -20,6 +20,7 @@
 #include <cuvq/kernel/quantize.cuh>
 #include <cuvq/kernel/quantize_sm90.cuh>
 #include <cuvq/kernel/quantize_sm90_few.cuh>
+#include <cuvq/kernel/row_chunks.cuh>
 #include <cuvq/kernel/settle.cuh>
 
 namespace cuvq::dispatch {
@@ -105,11 +106,31 @@ inline kernel::image_refresh take_prepared(detail::carver& c, std::int64_t codes
     return p;
 }
 
+/// Where a search may count the digits of its codes for the sort that comes next, and whether it has.
+struct digit_scratch {
+    kernel::digit_counts counts{};  // histogram: null until it has
+    std::uint32_t* room = nullptr;
+    std::int64_t most_chunks = 0;
+
+    /// For a search whose blocks have so many turns, of 64 rows each.
+    kernel::digit_counts count(std::int64_t turns, std::int64_t blocks) {
+        static_assert(kernel::row_chunks::group_rows == kernel::row_results::rows);
+        constexpr std::int64_t most_turns = 64;  // of a chunk, where a block has two
+        const bool halves = turns > most_turns;
+        if ((halves ? 2 * blocks : blocks) > most_chunks) return {};
+        counts.histogram = room;
+        counts.chunks.pair = static_cast<std::uint32_t>(halves ? turns : 2 * turns);
+        counts.chunks.chunk = static_cast<std::uint32_t>(halves ? (turns + 1) / 2 : turns);
+        return counts;
+    }
+};
+
 /// Scratch memory of a search. `prepared`: the image is there already.
 struct search_scratch {
     kernel::codebook_image image{};
     kernel::open_rows open{};
     parts_scratch parts{};
+    digit_scratch* digits = nullptr;  // of a sort that comes next, or null
     bool prepared = false;
 
     search_scratch(detail::carver& c, const shape& s, const prepared_codebook& from) {
@@ -197,18 +218,22 @@ std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const ke
 
 /// Many rows: the pipeline, the rows that it left open, and where they are asked for, quantized rows and distances.
 template <class Tile, class X, class C>
-std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const kernel::search_tally& unsorted,
                                 const search_scratch& scratch, bool exact, std::int64_t groups, int processors,
                                 cudaStream_t stream) {
     using shared = kernel::sm90_shared<Tile>;
     const auto search = kernel::quantize_sm90<Tile, X, C>;
-    const std::int64_t blocks = std::min<std::int64_t>({processors, groups, most_blocks});
+    const std::int64_t turns = (groups - 1) / std::min<std::int64_t>(processors, most_blocks) + 1;
+    const std::int64_t blocks = (groups - 1) / turns + 1;
+    kernel::search_tally tally = unsorted;
+    if (scratch.digits) tally.digits = scratch.digits->count(turns, blocks);
     detail::allow_shared_bytes(search, shared::allocated);
     detail::launch_dependent(search, static_cast<unsigned>(blocks), static_cast<unsigned>(shared::threads), stream,
-                             shared::allocated, 1, args, scratch.image, tally, scratch.open, exact,
-                             exact ? kernel::group_tag_mask : kernel::tag_mask);
+                             shared::allocated, 1, args, scratch.image, tally, scratch.open, static_cast<int>(turns),
+                             exact, exact ? kernel::group_tag_mask : kernel::tag_mask);
     detail::launch_dependent(kernel::settle_rows<X, C>, static_cast<unsigned>(processors * kernel::settle_blocks),
-                             kernel::settle_threads, stream, 0, 1, args, tally, scratch.open, static_cast<int>(blocks));
+                             kernel::settle_threads, stream, 0, 1, args, tally, scratch.open, static_cast<int>(blocks),
+                             static_cast<int>(turns));
     if (!kernel::wants_rows(args, tally)) return 0;
     const unsigned output_blocks = detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, processors * 8);
     detail::launch_dependent(kernel::write_outputs<X, C>, output_blocks, kernel::outputs_threads, stream, 0, 1, args,

@@ -11,6 +11,7 @@
 #include <cuvq/arch/hopper.cuh>
 #include <cuvq/detail/arguments.hpp>
 #include <cuvq/device/certificate.cuh>
+#include <cuvq/kernel/row_chunks.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::kernel {
@@ -20,6 +21,7 @@ struct search_tally {
     double* loss = nullptr;                      // [parts] sums of squared distances
     unsigned long long* histogram = nullptr;     // [K] rows of each code
     unsigned long long* rows_without = nullptr;  // [1] rows without a code
+    digit_counts digits{};                       // for a sort by code, of the searches that can
 };
 
 /// Writes four elements in one store that does not linger in the cache.
@@ -49,11 +51,12 @@ CUVQ_HOST_DEVICE bool wants_rows(const detail::quantize_args<X, C>& a, const sea
     return a.quantized || a.distances || tally.loss != nullptr;
 }
 
-/// The code of a row, -1 if it has none, by a thread.
+/// The code of a row, -1 if it has none, by a thread. `digits`: tally.digits.of(row), or null.
 template <class X, class C>
 __device__ void write_code(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t row,
-                           std::int64_t code) {
+                           std::int64_t code, std::uint32_t* digits = nullptr) {
     a.codes.store(row, code);
+    if (digits && code >= 0) atomicAdd(digits + (static_cast<std::uint32_t>(code) & tally.digits.mask), 1u);
     if (tally.histogram && code >= 0) atomicAdd(tally.histogram + code, 1ull);
     if (tally.rows_without && code < 0) atomicAdd(tally.rows_without, 1ull);
 }

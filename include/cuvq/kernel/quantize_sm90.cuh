@@ -267,6 +267,7 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
         const unsigned put = static_cast<unsigned>(turn) % buffers;
         wait(barriers.results_full + put, static_cast<unsigned>(turn) / buffers & 1);
         const row_results& result = results[put];
+        std::uint32_t* const digits = tally.digits.of(span.first(turn));
 #pragma unroll 1
         for (int start = 0; start < row_results::rows; start += 32, number += 32) {
             const std::int64_t row = span.first(turn) + start + lane;
@@ -286,7 +287,7 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
                 }
                 front += __popc(left_open & ~all_wide);
             }
-            if (code >= 0 && row < a.x.rows) write_code(a, tally, row, code);
+            if (code >= 0 && row < a.x.rows) write_code(a, tally, row, code, digits);
         }
         arrive_each(barriers.results_empty + put);
     }
@@ -417,7 +418,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
                              1) void quantize_sm90(const __grid_constant__ detail::quantize_args<X, C> a,
                                                    const __grid_constant__ codebook_image image,
                                                    const __grid_constant__ search_tally tally,
-                                                   const __grid_constant__ open_rows open, bool exact, int mask) {
+                                                   const __grid_constant__ open_rows open, int most_turns, bool exact,
+                                                   int mask) {
 #if CUVQ_HAS_WGMMA
     using shared = sm90_shared<Tile>;
     extern __shared__ char dynamic_shared[];
@@ -433,7 +435,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
     const int warpgroup = static_cast<int>(threadIdx.x) / 128, warp = static_cast<int>(threadIdx.x) % 128 / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int tiles = static_cast<int>(device::image_ref::tiles(a.codebook.rows));
-    const row_span span{a.x.rows, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x)};
+    const row_span span{a.x.rows, most_turns, static_cast<int>(blockIdx.x)};
     if (threadIdx.x == 0) barriers.init();
     if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
     arch::let_successor_start();
@@ -446,6 +448,12 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
     load_bounds(image, tiles, bounds);
     if (blockIdx.x == 0 && open.shared)
         for (int i = threadIdx.x; i < most_shared_rows; i += blockDim.x) open.shared[i].done = 0;
+    if (tally.digits.histogram) {  // of the block's own rows: nobody else adds to these before the search is done
+        const std::uint32_t from = tally.digits.chunks.number(span.first(0));
+        const std::uint32_t to = tally.digits.chunks.number(span.first(span.turns() - 1)) + 1;
+        for (std::uint32_t i = from * tally.digits.bins + threadIdx.x; i < to * tally.digits.bins; i += blockDim.x)
+            tally.digits.histogram[i] = 0;
+    }
     __syncthreads();
 
     if (warpgroup < Tile::consumers) {

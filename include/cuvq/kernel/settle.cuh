@@ -19,17 +19,20 @@
 
 namespace cuvq::kernel {
 
-/// The 64 rows of each turn of a block: of all groups of 64, every `blocks`-th.
+/// The 64 rows of each turn of a block: `most_turns` groups of 64, of the last block maybe fewer.
 struct row_span {
     std::int64_t rows;
-    int blocks, block;
+    int most_turns, block;
 
-    __device__ std::int64_t first(int turn) const { return (std::int64_t{turn} * blocks + block) * row_results::rows; }
-    __device__ bool has(int turn) const { return first(turn) < rows; }
+    __device__ std::int64_t first(int turn) const {
+        return (std::int64_t{block} * most_turns + turn) * row_results::rows;
+    }
     __device__ int turns() const {
         const std::int64_t groups = (rows - 1) / row_results::rows + 1;
-        return static_cast<int>((groups - 1 - block) / blocks + 1);
+        const std::int64_t left = groups - std::int64_t{block} * most_turns;
+        return static_cast<int>(left < most_turns ? left : most_turns);
     }
+    __device__ bool has(int turn) const { return turn < most_turns && first(turn) < rows; }
 };
 
 /// Warps of a block that write codes, each those of every third turn.
@@ -184,13 +187,13 @@ __device__ float filter_distance(const X* row, const matrix_ref<const C>& codebo
 /// one for every finishing warp.
 template <int Lanes, class X, class C>
 __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
-                              int blocks, int warp, int warps) {
+                              int blocks, int most_turns, int warp, int warps) {
     constexpr int rows = 32 / Lanes;  // at once
     const int segments = blocks * finishing_warps, sharers = warps / segments,
               lane = static_cast<int>(threadIdx.x) % 32;
     const int segment = warp % segments, share = warp / segments;
     if (share >= sharers) return;
-    const rows_seen seen{{a.x.rows, blocks, segment / finishing_warps}, segment % finishing_warps};
+    const rows_seen seen{{a.x.rows, most_turns, segment / finishing_warps}, segment % finishing_warps};
     const int tiles = static_cast<int>(device::image_ref::tiles(a.codebook.rows)), places = seen.count();
     if (places == 0) return;
     // Of a few rows each warp takes some, since those of a warp wait for each other where they take different turns.
@@ -271,14 +274,14 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
                 }
             }
         }
-        if (lane % Lanes == 0 && listed) write_code(a, tally, row, choice.code);
+        if (lane % Lanes == 0 && listed) write_code(a, tally, row, choice.code, tally.digits.of(row));
     }
 }
 
 /// Codes of the rows listed from the back, by a block each, the last blocks first, or if they are few, by several.
 template <class X, class C>
 __device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
-                            int blocks) {
+                            int blocks, int most_turns) {
     constexpr int warps = settle_threads / 32, each = most_segments / settle_threads;
     using scan = cub::BlockScan<std::int64_t, settle_threads>;
     __shared__ typename scan::TempStorage storage;
@@ -306,7 +309,7 @@ __device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_t
             const int middle = (low + high) / 2;
             (starts[middle] <= number ? low : high) = middle;
         }
-        const rows_seen seen{{a.x.rows, blocks, low / finishing_warps}, low % finishing_warps};
+        const rows_seen seen{{a.x.rows, most_turns, low / finishing_warps}, low % finishing_warps};
         const std::int64_t place = seen.row(seen.count() - 1 - static_cast<int>(number - starts[low]));
         const std::int64_t row = seen.row(open.rows[place]);
         device::exact_choice choice;
@@ -333,19 +336,20 @@ __device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_t
             merge_block(choice, distances, codes);
             __syncthreads();
         }
-        if (threadIdx.x == 0) write_code(a, tally, row, choice.code);
+        if (threadIdx.x == 0) write_code(a, tally, row, choice.code, tally.digits.of(row));
     }
 }
 
 #endif  // CUVQ_HAS_WGMMA
 
-/// Codes of the rows that a search of `blocks` blocks left open. As many blocks at least; three quarters of them begin
-/// with the rows of few candidates, so that the last are not kept waiting for the others.
+/// Codes of the rows that a search of `blocks` blocks of `most_turns` turns left open. As many blocks at least; three
+/// quarters of them begin with the rows of few candidates, so that the last are not kept waiting for the others.
 template <class X, class C>
 __global__ __launch_bounds__(settle_threads,
                              settle_blocks) void settle_rows(const __grid_constant__ detail::quantize_args<X, C> a,
                                                              const __grid_constant__ search_tally tally,
-                                                             const __grid_constant__ open_rows open, int blocks) {
+                                                             const __grid_constant__ open_rows open, int blocks,
+                                                             int most_turns) {
 #if CUVQ_HAS_WGMMA
     arch::let_successor_start();
     arch::wait_for_predecessor();
@@ -360,14 +364,14 @@ __global__ __launch_bounds__(settle_threads,
     if (block < narrow) {
         const int warps = settle_threads / 32 * narrow, warp = static_cast<int>(threadIdx.x) / 32 * narrow + block;
         if (a.x.columns <= alone_columns)
-            settle_narrow<1>(a, tally, open, blocks, warp, warps);
+            settle_narrow<1>(a, tally, open, blocks, most_turns, warp, warps);
         else
-            settle_narrow<device::exact_lanes>(a, tally, open, blocks, warp, warps);
+            settle_narrow<device::exact_lanes>(a, tally, open, blocks, most_turns, warp, warps);
     }
     bool any_wide = false;
 #pragma unroll
     for (int i = 0; i < each; ++i) any_wide = any_wide || wide[i] > 0;
-    if (__syncthreads_or(any_wide)) settle_wide(a, tally, open, blocks);
+    if (__syncthreads_or(any_wide)) settle_wide(a, tally, open, blocks, most_turns);
 #endif  // CUVQ_HAS_WGMMA
 }
 

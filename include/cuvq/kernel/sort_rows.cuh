@@ -2,7 +2,8 @@
 //
 // A stable sort of rows by code: counting sort, one pass for each digit of the code. Which row goes where depends on
 // the codes alone, never on timing. A pass is three launches: `count_digits` (a histogram for every chunk of rows),
-// `scan_histograms` (where in its digit each chunk begins), `place_rows`.
+// `scan_histograms` (where in its digit each chunk begins), `place_rows`; without the first, where a search has counted
+// the digits of its codes.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include <cub/block/block_scan.cuh>
 
 #include <cuvq/arch/hopper.cuh>
+#include <cuvq/kernel/row_chunks.cuh>
 #include <cuvq/views.hpp>
 
 namespace cuvq::kernel {
@@ -130,7 +132,7 @@ struct digit_pass {
     int shift = 0;
     std::uint32_t mask = 0xFFFFFFFFu;
     std::uint32_t bins = 0;
-    std::int64_t chunk = 0;  // rows of a block: a multiple of its threads
+    row_chunks chunks{};  // a block's each
 
     __device__ std::uint32_t digit(std::uint32_t code) const { return (code >> shift) & mask; }
 };
@@ -157,14 +159,21 @@ struct sort_block {
     }
 };
 
+/// Rows of a lane in a tile.
+template <class Block>
+__device__ int rows_of_lane(const row_chunks& chunks) {
+    const std::int64_t tile = chunks.rows() < Block::most_tile ? chunks.rows() : Block::most_tile;
+    return static_cast<int>((tile - 1) / Block::threads + 1);
+}
+
 /// Calls use(rows) with the rows of each lane, tile by tile of the block's chunk; a warp has consecutive rows of a
 /// tile, and its lane 0 the first. Whole block.
 template <class Block, class Use>
-__device__ void walk_chunk(const row_source& source, std::int64_t chunk, const Use& use) {
+__device__ void walk_chunk(const row_source& source, const row_chunks& chunks, const Use& use) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const std::int64_t count = source.size(), begin = blockIdx.x * chunk;
-    const std::int64_t end = begin + chunk < count ? begin + chunk : count;
-    const int per_warp = static_cast<int>((chunk < Block::most_tile ? chunk : Block::most_tile) / Block::warps);
+    const std::int64_t count = source.size(), begin = chunks.begin(blockIdx.x), next = chunks.begin(blockIdx.x + 1);
+    const std::int64_t end = next < count ? next : count;
+    const int per_warp = 32 * rows_of_lane<Block>(chunks);
     for (std::int64_t tile = begin; tile < end; tile += Block::warps * per_warp) {
         const std::int64_t first = tile + warp * per_warp;
         const std::int64_t stop = first + per_warp < end ? first + per_warp : end;
@@ -184,28 +193,21 @@ __device__ inline void clear_sums(const vector_ref<float>& counts, const matrix_
     }
 }
 
-/// histogram[chunks][bins]: the digits of each chunk, a block's. On the way sets counts and sums to zero, if `clear`,
-/// with which any blocks beyond the chunks help.
+/// histogram[chunks][bins]: the digits of each chunk, a block's.
 template <class Block>
 __global__ __launch_bounds__(Block::threads) void count_digits(row_source source, digit_pass pass,
-                                                               std::uint32_t* histogram, std::uint32_t chunks,
-                                                               bool clear, vector_ref<float> counts,
-                                                               matrix_ref<float> sums) {
+                                                               std::uint32_t* histogram) {
     extern __shared__ std::uint32_t shared_bins[];
     arch::wait_for_predecessor();
     arch::let_successor_start();
     for (std::uint32_t b = threadIdx.x; b < pass.bins; b += Block::threads) shared_bins[b] = 0;
     __syncthreads();
-    walk_chunk<Block>(source, pass.chunk, [&](const coded_row(&rows)[Block::rows_per_lane]) {
+    walk_chunk<Block>(source, pass.chunks, [&](const coded_row(&rows)[Block::rows_per_lane]) {
 #pragma unroll
         for (const coded_row& r : rows)
             if (r.code != coded_row::none) atomicAdd(&shared_bins[pass.digit(r.code)], 1u);
     });
-    if (clear)
-        clear_sums(counts, sums, std::int64_t{blockIdx.x} * Block::warps + threadIdx.x / 32,
-                   std::int64_t{gridDim.x} * Block::warps);
     __syncthreads();
-    if (blockIdx.x >= chunks) return;
     for (std::uint32_t b = threadIdx.x; b < pass.bins; b += Block::threads)
         histogram[std::int64_t{blockIdx.x} * pass.bins + b] = shared_bins[b];
 }
@@ -217,10 +219,13 @@ struct scan_tile {
 };
 
 /// Turns histogram[chunks][bins] into where each chunk's rows begin within the bin's, and totals[bins] into its rows.
+/// On the way sets counts and sums to zero, if `clear`, with which any blocks beyond the bins help.
 template <class Tile>
 __global__ __launch_bounds__(Tile::bins* Tile::warps) void scan_histograms(std::uint32_t* histogram,
                                                                            std::uint32_t chunks, std::uint32_t bins,
-                                                                           std::uint32_t* totals) {
+                                                                           std::uint32_t* totals, bool clear,
+                                                                           vector_ref<float> counts,
+                                                                           matrix_ref<float> sums) {
     constexpr std::uint32_t scan_bins = Tile::bins, scan_warps = Tile::warps;
     constexpr std::uint32_t held = 16;  // chunks of a thread that are read once
     __shared__ std::uint32_t shared_sum[scan_warps][scan_bins];
@@ -240,6 +245,8 @@ __global__ __launch_bounds__(Tile::bins* Tile::warps) void scan_histograms(std::
         for (std::uint32_t chunk = begin + held; chunk < end; ++chunk) sum += at(chunk);
     }
     shared_sum[warp][lane] = sum;
+    if (clear)
+        clear_sums(counts, sums, std::int64_t{blockIdx.x} * scan_warps + warp, std::int64_t{gridDim.x} * scan_warps);
     __syncthreads();
     std::uint32_t before = 0, total = 0;
     for (std::uint32_t w = 0; w < scan_warps; ++w) {
@@ -330,7 +337,7 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
         if (blockIdx.x == 0 && threadIdx.x == Block::threads - 1) *placed = start;
     }
 
-    walk_chunk<Block>(source, pass.chunk, [&](const coded_row(&rows)[Block::rows_per_lane]) {
+    walk_chunk<Block>(source, pass.chunks, [&](const coded_row(&rows)[Block::rows_per_lane]) {
         for (std::uint32_t w = lane; w < words; w += 32) shared_words[warp * words + w] = 0;
         __syncwarp();
         std::uint32_t digit[Block::rows_per_lane];
@@ -341,9 +348,7 @@ __global__ __launch_bounds__(Block::threads) void place_rows(row_source source, 
             digit[i] = valid ? pass.digit(rows[i].code) : coded_row::none;
             if (valid) atomicAdd(&shared_words[warp * words + digit[i] / 2], digit[i] % 2 ? 0x10000u : 1u);
         }
-        const int used =
-            static_cast<int>((pass.chunk < Block::most_tile ? pass.chunk : Block::most_tile) / Block::threads);
-        find_peers(digit, used, 32 - __clz(static_cast<int>(pass.bins - 1)), peers);
+        find_peers(digit, rows_of_lane<Block>(pass.chunks), 32 - __clz(static_cast<int>(pass.bins - 1)), peers);
         __syncthreads();
         std::uint32_t tile_bins[words_per_thread];  // two bins a word: the rows of the tile
 #pragma unroll
