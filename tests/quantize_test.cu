@@ -572,6 +572,27 @@ TEST_F(QuantizeTest, RowsThatAClusterSettlesTogether) {
     for (const std::int64_t n : {1500, 3000, 8000}) expect_exact_together(random, n, 1000, 40, 11);
 }
 
+/// More open rows in one stretch of the batch than those who begin with them take.
+TEST_F(QuantizeTest, AHardStretchOfManyRows) {
+    random_source random;
+    struct {
+        std::int64_t n, d, hard;
+    } cases[] = {{300000, 40, 9000}, {1 << 22, 5, 70000}};
+    for (const auto& [n, d, hard] : cases) {
+        SCOPED_TRACE(testing::Message() << n << " rows, D = " << d);
+        // Every code of the first sixteen has a near copy, and rows of the stretch lie between them.
+        auto codebook = random.normals<float>(160, d);
+        for (std::int64_t j = 0; j < 16; ++j)
+            for (std::int64_t c = 0; c < d; ++c)
+                codebook(16 + j, c) = codebook.at(j, c) * (1 + 0x1p-16f * random.normal());
+        auto x = random.normals<float>(n, d);
+        for (std::int64_t i = n / 3; i < n / 3 + hard; ++i)
+            for (std::int64_t c = 0; c < d; ++c) x(i, c) = codebook.at(i % 16, c) + 1e-3f * random.normal();
+        const auto got = search(x, codebook);
+        EXPECT_TRUE(codes_are_nearest(x, codebook, got.codes));
+    }
+}
+
 TEST_F(QuantizeSmall, OutliersAmongCodesAndRows) {
     random_source random;
     for (const float far : {100.0f, 1e5f, 1e10f, 1e30f})

@@ -477,7 +477,8 @@ TEST_F(TrainStepTest, ASearchThatCountsDigitsSparesTheUpdateALaunch) {
         x(n / 3, 1) = nan;
         const auto before = trained_state<float>(random, k, d);
         const auto params = ema_params::rectokens();
-        expect_quantize_then_update(before, x, params, accuracy::exact);
+        const auto codes = expect_quantize_then_update(before, x, params, accuracy::exact);
+        EXPECT_EQ(expect_quantize_then_update(before, x, params, accuracy::exact), codes);
 
         train_memory<float, float> memory(before, x, params, std::vector<float>(static_cast<std::size_t>(n), 0.5f));
         const auto launches = [](auto body) { return captured_graph(body).kernels(); };
@@ -644,6 +645,7 @@ TEST(TrainStepWorkspaceSmall, IsAtMostTwentyFourBytesARowAndFourCodebooks) {
     for (const shape& size :
          {shape{1 << 20, 1024, 128}, shape{1 << 20, 4096, 128}, shape{1 << 20, 16384, 64}, shape{65536, 8192, 256},
           shape{262144, 16384, 8}, shape{32768, 65536, 512}, shape{1 << 20, 512, 3}, shape{100000, 256, 1},
+          shape{8193, 16384, 2}, shape{32768, 65535, 2}, shape{9000, 255, 256}, shape{8193, 2049, 1},
           shape{4096, 512, 64}, shape{8, 2048, 256}, shape{1, 1, 1}, shape{0, 300, 20}})
         for (const bool reports : {false, true}) {
             train_params params;

@@ -26,29 +26,31 @@ namespace detail {
 /// each of whose kernels waits for the end of the search before it writes anything.
 struct train_scratch {
     update_tally counters;
-    kernel::search_tally tally;      // loss and rows_without, with stats
-    float* distances = nullptr;      // [N], where -1 may be a code
-    dispatch::digit_scratch digits;  // in the same place there, without these distances
+    kernel::search_tally tally;  // loss and rows_without, with stats
+    float* distances = nullptr;  // [N], where -1 may be a code
     carver place;
     dispatch::search_scratch search;
     update_scratch update;
+    dispatch::digit_scratch digits;  // where `distances` are, if there are any: of each step, one or the other
 
     /// Whether -1, all bits set, is a code in some unsigned type: then a NaN distance tells a row without one.
     static bool is_ambiguous(std::int64_t codes) {
         return codes == std::int64_t{1} << 8 || codes == std::int64_t{1} << 16 || codes == std::int64_t{1} << 32;
     }
 
-    /// Room for the digits that the search counts for the sort of the update, if there is one: at most 4 bytes for each
-    /// row and two copies of the codebook.
+    /// Room for the digits that the search may count for the sort of the update: as much as 24 bytes for each row and
+    /// four copies of the codebook leave.
     static dispatch::digit_scratch take_digits(carver& c, const shape& s, float* distances) {
-        constexpr std::int64_t most_chunks = 2 * dispatch::most_blocks;
         dispatch::digit_scratch d;
-        if (gather_shapes::include(s.vectors, s.codes, s.dimensions) || s.vectors > dispatch::most_slice_rows) return d;
+        if (!dispatch::may_count(s) || s.vectors > dispatch::most_slice_rows ||
+            gather_shapes::include(s.vectors, s.codes, s.dimensions))
+            return d;
         const dispatch::sort_plan plan(s.vectors, s.codes);
+        const std::int64_t left = 24 * s.vectors + 16 * s.codes * s.dimensions - static_cast<std::int64_t>(c.bytes());
+        const std::int64_t words = is_ambiguous(s.codes) ? s.vectors : left / 4;
         d.counts.bins = plan.bins;
         d.counts.mask = plan.pass(0).mask;
-        const std::int64_t words = is_ambiguous(s.codes) ? s.vectors : s.vectors + 2 * s.codes * s.dimensions;
-        d.most_chunks = std::min(most_chunks, words / plan.bins);
+        d.most_chunks = std::clamp<std::int64_t>(words / plan.bins, 0, 2 * dispatch::most_blocks);
         d.room = is_ambiguous(s.codes) ? reinterpret_cast<std::uint32_t*>(distances)
                                        : c.take<std::uint32_t>(d.most_chunks * plan.bins);
         return d;
@@ -58,11 +60,11 @@ struct train_scratch {
         : counters(c, p.stats != nullptr),
           tally{p.stats ? c.take<double>(dispatch::most_losses) : nullptr, nullptr, counters.rows_without()},
           distances(is_ambiguous(s.codes) ? c.take<float>(s.vectors) : nullptr),
-          digits(take_digits(c, s, distances)),
           place(c),
           search(place, s, {}),
           update(c, counters, s, p) {
         c.share(place);
+        digits = take_digits(c, s, distances);
     }
 };
 
@@ -70,8 +72,8 @@ struct train_scratch {
 
 /// Bytes of workspace that `train_step` takes for this shape and these params: as many as `quantize` (without `stats`
 /// or a prepared codebook) or `ema_update`, whichever takes more, to within 1 KB; plus 4 bytes per row where K is 256
-/// or 65536, elsewhere, for the search to count for the sort, at most that and two copies of the codebook; plus 257 KB
-/// with `params.stats`.
+/// or 65536; plus 257 KB with `params.stats`. Where that leaves room below 24 bytes per row and four copies of the
+/// codebook, some of it, in which the search counts for the update.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t train_step_workspace_bytes(const shape& s, const train_params& params = {}) {
     detail::check_shape("train_step_workspace_bytes", s);

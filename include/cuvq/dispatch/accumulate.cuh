@@ -1,7 +1,7 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// The launches of an `accumulate`: sort rows by code (three for each digit), sum runs, merge
-// what spans runs; or just one for a small batch.
+// The launches of an `accumulate`: sort rows by code (three for each digit, but for one that a search has counted), sum
+// runs, merge what spans runs; or just one for a small batch.
 #pragma once
 
 #include <algorithm>
@@ -35,10 +35,10 @@ struct sort_plan {
     using few_bins = kernel::sort_block<512>;
     using many_bins = kernel::sort_block<256>;
 
-    int passes = 1, bits = 0;   // of a digit
-    std::uint32_t bins = 0;     // of a pass, at most
-    kernel::row_chunks rows{};  // of a block
-    std::uint32_t chunks = 0;   // blocks
+    int passes = 1, bits = 0;  // of a digit
+    std::uint32_t bins = 0;    // of a pass, at most
+    kernel::row_chunks cut{};  // a chunk for each block
+    std::uint32_t chunks = 0;  // blocks
     bool has_few_bins = true;
 
     sort_plan(std::int64_t count, std::int64_t codes) {
@@ -52,8 +52,8 @@ struct sort_plan {
         const std::int64_t unit = has_few_bins ? few_bins::threads : 4 * many_bins::threads;
         const std::int64_t chunk =
             std::max<std::int64_t>(1, (count + wanted_chunks * unit - 1) / (wanted_chunks * unit)) * unit;
-        rows.chunk = static_cast<std::uint32_t>(chunk / kernel::row_chunks::group_rows);
-        rows.pair = 2 * rows.chunk;
+        cut.chunk = static_cast<std::uint32_t>(chunk / kernel::row_chunks::group_rows);
+        cut.pair = 2 * cut.chunk;
         chunks = static_cast<std::uint32_t>(std::max<std::int64_t>(1, (count + chunk - 1) / chunk));
     }
     kernel::digit_pass pass(int i) const {
@@ -61,7 +61,7 @@ struct sort_plan {
         p.shift = i * bits;
         p.mask = passes == 1 ? 0xFFFFFFFFu : bins - 1;
         p.bins = bins;
-        p.chunks = rows;
+        p.chunks = cut;
         return p;
     }
 };
@@ -101,17 +101,23 @@ struct provenance {
     kernel::digit_counts digits{};        // of the codes, if it has counted them
 };
 
-/// One pass of the sort. `counted`: `histogram` holds its digits already. `clears`: sets counts and sums to zero on the
-/// way. `depends`: see detail::launch_next.
+/// One pass of the sort. `counted`: its digits, if its rows have been counted already. `clears`: sets counts and sums
+/// to zero on the way. `depends`: see detail::launch_next.
 template <class Block>
-void sort_pass(const kernel::row_source& source, const kernel::digit_pass& pass, std::uint32_t chunks, bool counted,
-               std::uint32_t* histogram, const accumulate_scratch& m, kernel::coded_row* to, std::uint32_t* placed,
-               bool clears, const vector_ref<float>& counts, const matrix_ref<float>& sums, bool depends,
-               cudaStream_t stream) {
+void sort_pass(const kernel::row_source& source, kernel::digit_pass pass, std::uint32_t chunks,
+               const kernel::digit_counts& counted, const accumulate_scratch& m, kernel::coded_row* to,
+               std::uint32_t* placed, bool clears, const vector_ref<float>& counts, const matrix_ref<float>& sums,
+               bool depends, cudaStream_t stream) {
     constexpr std::int64_t cleared = 1 << 14, most = 256;  // sums that are worth a block, and blocks
-    if (!counted)
+    std::uint32_t* histogram = m.histogram;
+    if (counted.histogram) {
+        histogram = counted.histogram;
+        pass.chunks = counted.chunks;
+        chunks = pass.chunks.number(source.count - 1) + 1;
+    } else {
         detail::launch_next(depends, kernel::count_digits<Block>, chunks, Block::threads, stream,
                             Block::count_bytes(pass.bins), source, pass, histogram);
+    }
     using scan = kernel::scan_tile;
     const std::uint32_t clearing = clears ? detail::blocks_for(sums.rows * sums.columns, cleared, most) : 0;
     detail::launch_next(depends, kernel::scan_histograms<scan>,
@@ -201,12 +207,8 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance&
         }
         for (int i = 0; i < plan.passes; ++i) {
             const auto sort = plan.has_few_bins ? sort_pass<sort_plan::few_bins> : sort_pass<sort_plan::many_bins>;
-            const bool counted = i == 0 && from.digits.histogram;
-            kernel::digit_pass pass = plan.pass(i);
-            if (counted) pass.chunks = from.digits.chunks;
-            sort(source, pass, counted ? pass.chunks.number(count - 1) + 1 : plan.chunks, counted,
-                 counted ? from.digits.histogram : m.histogram, m, m.rows[into], m.placed + into, i == 0 && !onto,
-                 a.counts, a.sums, depends, stream);
+            sort(source, plan.pass(i), plan.chunks, i == 0 ? from.digits : kernel::digit_counts{}, m, m.rows[into],
+                 m.placed + into, i == 0 && !onto, a.counts, a.sums, depends, stream);
             source.rows = m.rows[into];
             source.row_count = m.placed + into;
             into = 1 - into;

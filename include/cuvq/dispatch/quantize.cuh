@@ -106,17 +106,18 @@ inline kernel::image_refresh take_prepared(detail::carver& c, std::int64_t codes
     return p;
 }
 
-/// Where a search may count the digits of its codes for the sort that comes next, and whether it has.
+/// Where a search may count the digits of its codes for the sort that comes next, and whether it does.
 struct digit_scratch {
-    kernel::digit_counts counts{};  // histogram: null until it has
+    kernel::digit_counts counts{};  // histogram: null until it does
     std::uint32_t* room = nullptr;
-    std::int64_t most_chunks = 0;
+    std::int64_t most_chunks = 0;  // that the room holds
 
-    /// For a search whose blocks have so many turns, of 64 rows each.
-    kernel::digit_counts count(std::int64_t turns, std::int64_t blocks) {
+    /// Has a search of so many blocks count, of so many turns of 64 rows each, if the room serves: each block counts
+    /// for itself, in one chunk, or if that were long for a block of the sort, in two.
+    kernel::digit_counts begin(std::int64_t blocks, std::int64_t turns) {
         static_assert(kernel::row_chunks::group_rows == kernel::row_results::rows);
-        constexpr std::int64_t most_turns = 64;  // of a chunk, where a block has two
-        const bool halves = turns > most_turns;
+        constexpr std::int64_t long_chunk = 64;
+        const bool halves = turns > long_chunk;
         if ((halves ? 2 * blocks : blocks) > most_chunks) return {};
         counts.histogram = room;
         counts.chunks.pair = static_cast<std::uint32_t>(halves ? turns : 2 * turns);
@@ -124,6 +125,11 @@ struct digit_scratch {
         return counts;
     }
 };
+
+/// Whether a search of this shape may count digits on some device.
+inline bool may_count(const shape& s) {
+    return s.codes > 1 && s.dimensions <= sm90_d269::dimensions && has_image(s.codes, s.dimensions);
+}
 
 /// Scratch memory of a search. `prepared`: the image is there already.
 struct search_scratch {
@@ -218,15 +224,15 @@ std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const ke
 
 /// Many rows: the pipeline, the rows that it left open, and where they are asked for, quantized rows and distances.
 template <class Tile, class X, class C>
-std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const kernel::search_tally& unsorted,
+std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const kernel::search_tally& wanted,
                                 const search_scratch& scratch, bool exact, std::int64_t groups, int processors,
                                 cudaStream_t stream) {
     using shared = kernel::sm90_shared<Tile>;
     const auto search = kernel::quantize_sm90<Tile, X, C>;
     const std::int64_t turns = (groups - 1) / std::min<std::int64_t>(processors, most_blocks) + 1;
     const std::int64_t blocks = (groups - 1) / turns + 1;
-    kernel::search_tally tally = unsorted;
-    if (scratch.digits) tally.digits = scratch.digits->count(turns, blocks);
+    kernel::search_tally tally = wanted;
+    if (scratch.digits) tally.digits = scratch.digits->begin(blocks, turns);
     detail::allow_shared_bytes(search, shared::allocated);
     detail::launch_dependent(search, static_cast<unsigned>(blocks), static_cast<unsigned>(shared::threads), stream,
                              shared::allocated, 1, args, scratch.image, tally, scratch.open, static_cast<int>(turns),

@@ -101,7 +101,7 @@ __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source
     using storage = gather_storage<Tile>;
     constexpr int warps = storage::warps, most_codes = storage::most_codes;
     constexpr int quads = 4, round = 128 * quads;  // rows of a warp at a time: of a lane, so many times four
-    constexpr int many_hits = 6;                   // of a lane
+    constexpr int many_hits = 6;                   // of a lane: beyond, a look at each code is shorter
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int count = static_cast<int>(source.count), per_warp = ((count - 1) / (128 * warps) + 1) * 128;
     const int first = warp * per_warp, stop = min(first + per_warp, count);
@@ -141,7 +141,7 @@ __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source
                 for (int i = 4 * q; i < 4 * q + 4; ++i)
                     if (hits >> i & 1u) put(i, code[i], to++);
             }
-        } else {  // a hit or none: a loop over them is shorter than looking at each code again
+        } else {  // mostly one hit or none
 #pragma unroll 1
             for (unsigned left = hits; left != 0; left &= left - 1) {
                 const int i = __ffs(static_cast<int>(left)) - 1, q = i / 4;

@@ -243,7 +243,7 @@ __global__ __launch_bounds__(outputs_threads) void write_outputs(const __grid_co
     const int rows = a.x.columns <= 16 ? 32 : 8;  // of a warp at a time: several lanes share a wide one
     const std::int64_t groups = (a.x.rows - 1) / rows + 1, warps = std::int64_t{gridDim.x} * (outputs_threads / 32);
     double loss = 0;
-    // Backwards: the search has read the last rows last, so they may still be in the cache.
+    // Backwards: some of the last rows may still be in the cache.
     for (std::int64_t group = groups - 1 - warp; group >= 0; group -= warps) {
         const std::int64_t first = group * rows;
         const int count = static_cast<int>(min(a.x.rows - first, std::int64_t{rows}));

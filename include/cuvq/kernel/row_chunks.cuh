@@ -7,10 +7,11 @@
 
 namespace cuvq::kernel {
 
-/// Rows cut into chunks, two by two: of every `pair` groups of rows, the first `chunk` are one, the others another.
+/// Rows cut into chunks, two by two: of every `pair` groups of rows, the first `chunk` are one, the others another. So
+/// the rows of a block of the search, whatever their number, may be two chunks.
 struct row_chunks {
     static constexpr int group_rows = 64;
-    std::uint32_t pair = 2, chunk = 1;  // groups; half of a pair at least
+    std::uint32_t pair = 2, chunk = 1;  // groups; a chunk is half a pair, rounded up
 
     CUVQ_HOST_DEVICE std::int64_t begin(std::uint32_t number) const {
         return (std::int64_t{number / 2} * pair + number % 2 * chunk) * group_rows;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 #include <cub/block/block_scan.cuh>
@@ -183,24 +184,17 @@ __device__ float filter_distance(const X* row, const matrix_ref<const C>& codebo
     return value;
 }
 
-/// Codes of the rows listed from the front, whose candidates `Lanes` lanes measure. Warp `warp` of `warps`, at least
-/// one for every finishing warp.
-template <int Lanes, class X, class C>
-__device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
-                              int blocks, int most_turns, int warp, int warps) {
-    constexpr int rows = 32 / Lanes;  // at once
-    const int segments = blocks * finishing_warps, sharers = warps / segments,
-              lane = static_cast<int>(threadIdx.x) % 32;
-    const int segment = warp % segments, share = warp / segments;
-    if (share >= sharers) return;
-    const rows_seen seen{{a.x.rows, most_turns, segment / finishing_warps}, segment % finishing_warps};
+/// Codes of rows listed from the front, whose candidates `Lanes` lanes measure, by a warp: at first + j apart of them
+/// for j = 0, 1, ... below 32 / Lanes, and so on after every `stride` ones, below count_of().
+template <int Lanes, class X, class C, class CountOf>
+__device__ void settle_listed(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
+                              const rows_seen& seen, int first, int apart, int stride, const CountOf& count_of) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
     const int tiles = static_cast<int>(device::image_ref::tiles(a.codebook.rows)), places = seen.count();
     if (places == 0) return;
-    // Of a few rows each warp takes some, since those of a warp wait for each other where they take different turns.
-    const int apart = Lanes == 1 ? 1 : sharers;
     // Rows and words are read before it is known whether they are listed, lest loads wait for each other.
     const int own_word = min(lane % Lanes, open_words::most(tiles) - 1);
-    int first = Lanes == 1 ? share * rows : share, next_own, next_word = open_words::none;
+    int next_own, next_word = open_words::none;
     open_words next_words;
     const auto number_from = [&](int from) { return from + lane / Lanes * apart; };
     const auto load = [&](int number) {
@@ -212,7 +206,7 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
             next_word = open.words[place].word(own_word, tiles);
     };
     load(number_from(first));
-    const int count = open.counts[segment].x;
+    const int count = count_of();
     const auto touch_next = [&] {  // x is read from DRAM, a step ahead
         if (number_from(first) < count) touch_row(a.x.row(seen.row(next_own)), a.x.columns);
     };
@@ -222,7 +216,7 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
         const std::int64_t row = listed ? seen.row(next_own) : 0;
         const open_words words = next_words.cut(listed ? open_words::most(tiles) : 0, tiles);
         const int word = listed && lane % Lanes < open_words::most(tiles) ? next_word : open_words::none;
-        first += sharers * rows;
+        first += stride;
         load(number_from(first));
         const X* x = a.x.row(row);
         device::exact_choice choice;
@@ -278,39 +272,106 @@ __device__ void settle_narrow(const detail::quantize_args<X, C>& a, const search
     }
 }
 
-/// Codes of the rows listed from the back, by a block each, the last blocks first, or if they are few, by several.
-template <class X, class C>
-__device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
-                            int blocks, int most_turns) {
-    constexpr int warps = settle_threads / 32, each = most_segments / settle_threads;
+/// Where each finishing warp's rows begin among those of all, of some kind. Shared memory.
+struct segment_starts {
     using scan = cub::BlockScan<std::int64_t, settle_threads>;
-    __shared__ typename scan::TempStorage storage;
-    __shared__ std::int64_t starts[most_segments];  // of each finishing warp's rows among all
-    __shared__ double distances[warps];
-    __shared__ std::int64_t codes[warps];
-    __shared__ bool decides;
-    std::int64_t count[each], total;
-#pragma unroll
-    for (int i = 0; i < each; ++i) {
-        const int segment = static_cast<int>(threadIdx.x) * each + i;
-        count[i] = segment < blocks * finishing_warps ? open.counts[segment].y : 0;
-    }
-    scan(storage).ExclusiveSum(count, count, total);
-#pragma unroll
-    for (int i = 0; i < each; ++i) starts[static_cast<int>(threadIdx.x) * each + i] = count[i];
-    __syncthreads();
+    typename scan::TempStorage storage;
+    std::int64_t starts[most_segments];
 
-    const int parts = total > most_shared_rows ? 1 : shared_parts(a.codebook.rows, a.codebook.columns);
-    for (std::int64_t i = gridDim.x - 1 - blockIdx.x; i < total * parts; i += gridDim.x) {
-        const std::int64_t number = i / parts;
-        const int part = static_cast<int>(i % parts);
+    /// From the number of each: of `segments` ones, count_of(segment). Returns the number of all. Whole block.
+    template <class CountOf>
+    __device__ std::int64_t set(int segments, const CountOf& count_of) {
+        constexpr int each = most_segments / settle_threads;
+        std::int64_t count[each], total;
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+            const int segment = static_cast<int>(threadIdx.x) * each + i;
+            count[i] = segment < segments ? count_of(segment) : 0;
+        }
+        __syncthreads();
+        scan(storage).ExclusiveSum(count, count, total);
+#pragma unroll
+        for (int i = 0; i < each; ++i) starts[static_cast<int>(threadIdx.x) * each + i] = count[i];
+        __syncthreads();
+        return total;
+    }
+    /// Whose row number `number` is.
+    __device__ int find(std::int64_t number) const {
         int low = 0, high = most_segments;  // of the segments that start at `number` or before, the last
         while (high - low > 1) {
             const int middle = (low + high) / 2;
             (starts[middle] <= number ? low : high) = middle;
         }
+        return low;
+    }
+};
+
+/// How the rows that a search of `blocks` blocks of `most_turns` turns listed from the front are dealt out to warps. So
+/// many warps begin with each segment's, which are known without a look at others', and take so many of them at most;
+/// what is left, where a part of the batch is harder than others, all share.
+template <int Lanes>
+struct narrow_deal {
+    static constexpr int rows = 32 / Lanes;  // of a warp at once
+    static constexpr int most_rounds = 32;
+    int segments, sharers;
+
+    __device__ narrow_deal(int blocks, int warps) : segments(blocks * finishing_warps), sharers(warps / segments) {}
+    __device__ int most() const { return sharers * rows * most_rounds; }
+};
+
+/// The first rows of each segment: warp `warp` of as many as the deal is for.
+template <int Lanes, class X, class C>
+__device__ void settle_first(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
+                             const narrow_deal<Lanes>& deal, int most_turns, int warp) {
+    const int segment = warp % deal.segments, share = warp / deal.segments;
+    if (share >= deal.sharers) return;
+    const rows_seen seen{{a.x.rows, most_turns, segment / finishing_warps}, segment % finishing_warps};
+    // Of a few rows each warp takes some, since those of a warp wait for each other where they take different turns.
+    const int apart = Lanes == 1 ? 1 : deal.sharers;
+    settle_listed<Lanes>(a, tally, open, seen, Lanes == 1 ? share * deal.rows : share, apart, deal.sharers * deal.rows,
+                         [&] { return min(open.counts[segment].x, deal.most()); });
+}
+
+/// The others, by all warps alike. Not inlined: it would take registers from what is always done.
+template <int Lanes, class X, class C>
+__device__ __noinline__ void settle_rest(const detail::quantize_args<X, C>& a, const search_tally& tally,
+                                         const open_rows& open, const narrow_deal<Lanes>& deal, int most_turns,
+                                         segment_starts& shared) {
+    const std::int64_t total =
+        shared.set(deal.segments, [&](int segment) { return max(open.counts[segment].x - deal.most(), 0); });
+    const std::int64_t warps = std::int64_t{gridDim.x} * (settle_threads / 32);
+    const std::int64_t warp = std::int64_t{threadIdx.x / 32} * gridDim.x + blockIdx.x;
+    const std::int64_t share = ((total - 1) / (warps * deal.rows) + 1) * deal.rows;
+    const std::int64_t end = min((warp + 1) * share, total);
+    for (std::int64_t at = warp * share; at < end;) {
+        const int segment = shared.find(at);
+        const std::int64_t start = shared.starts[segment];
+        const std::int64_t next = segment + 1 < most_segments ? shared.starts[segment + 1] : total;
+        const int first = deal.most() + static_cast<int>(at - start);
+        const int stop = deal.most() + static_cast<int>(min(end, next) - start);
+        const rows_seen seen{{a.x.rows, most_turns, segment / finishing_warps}, segment % finishing_warps};
+        settle_listed<Lanes>(a, tally, open, seen, first, 1, deal.rows, [&] { return stop; });
+        at += stop - first;
+    }
+}
+
+/// Codes of the rows listed from the back, by a block each, the last blocks first, or if they are few, by several.
+template <class X, class C>
+__device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
+                            int blocks, int most_turns, segment_starts& shared_starts) {
+    constexpr int warps = settle_threads / 32;
+    __shared__ double distances[warps];
+    __shared__ std::int64_t codes[warps];
+    __shared__ bool decides;
+    const std::int64_t total =
+        shared_starts.set(blocks * finishing_warps, [&](int segment) { return open.counts[segment].y; });
+    const int parts = total > most_shared_rows ? 1 : shared_parts(a.codebook.rows, a.codebook.columns);
+    for (std::int64_t i = gridDim.x - 1 - blockIdx.x; i < total * parts; i += gridDim.x) {
+        const std::int64_t number = i / parts;
+        const int part = static_cast<int>(i % parts);
+        const int low = shared_starts.find(number);
         const rows_seen seen{{a.x.rows, most_turns, low / finishing_warps}, low % finishing_warps};
-        const std::int64_t place = seen.row(seen.count() - 1 - static_cast<int>(number - starts[low]));
+        const std::int64_t place = seen.row(seen.count() - 1 - static_cast<int>(number - shared_starts.starts[low]));
         const std::int64_t row = seen.row(open.rows[place]);
         device::exact_choice choice;
         consider_words(choice, open.words[place], a.x.row(row), a.codebook, a.x.columns,
@@ -354,24 +415,31 @@ __global__ __launch_bounds__(settle_threads,
     arch::let_successor_start();
     arch::wait_for_predecessor();
     constexpr int each = most_segments / settle_threads;
-    int wide[each];  // looked at when they have come
+    __shared__ segment_starts starts;
+    int2 listed[each];  // looked at when they have come
 #pragma unroll
     for (int i = 0; i < each; ++i) {
         const int segment = i * settle_threads + static_cast<int>(threadIdx.x);
-        wide[i] = segment < blocks * finishing_warps ? open.counts[segment].y : 0;
+        listed[i] = segment < blocks * finishing_warps ? open.counts[segment] : int2{0, 0};
     }
     const int narrow = static_cast<int>(gridDim.x - gridDim.x / 4), block = static_cast<int>(blockIdx.x);
-    if (block < narrow) {
-        const int warps = settle_threads / 32 * narrow, warp = static_cast<int>(threadIdx.x) / 32 * narrow + block;
-        if (a.x.columns <= alone_columns)
-            settle_narrow<1>(a, tally, open, blocks, most_turns, warp, warps);
-        else
-            settle_narrow<device::exact_lanes>(a, tally, open, blocks, most_turns, warp, warps);
-    }
+    const auto settle = [&](auto lanes) {
+        const narrow_deal<decltype(lanes)::value> deal(blocks, settle_threads / 32 * narrow);
+        if (block < narrow)
+            settle_first(a, tally, open, deal, most_turns, static_cast<int>(threadIdx.x) / 32 * narrow + block);
+        bool any_left = false;
+#pragma unroll
+        for (int i = 0; i < each; ++i) any_left = any_left || listed[i].x > deal.most();
+        if (__syncthreads_or(any_left)) settle_rest(a, tally, open, deal, most_turns, starts);
+    };
+    if (a.x.columns <= alone_columns)
+        settle(std::integral_constant<int, 1>());
+    else
+        settle(std::integral_constant<int, device::exact_lanes>());
     bool any_wide = false;
 #pragma unroll
-    for (int i = 0; i < each; ++i) any_wide = any_wide || wide[i] > 0;
-    if (__syncthreads_or(any_wide)) settle_wide(a, tally, open, blocks, most_turns);
+    for (int i = 0; i < each; ++i) any_wide = any_wide || listed[i].y > 0;
+    if (__syncthreads_or(any_wide)) settle_wide(a, tally, open, blocks, most_turns, starts);
 #endif  // CUVQ_HAS_WGMMA
 }
 

@@ -132,7 +132,7 @@ struct digit_pass {
     int shift = 0;
     std::uint32_t mask = 0xFFFFFFFFu;
     std::uint32_t bins = 0;
-    row_chunks chunks{};  // a block's each
+    row_chunks chunks{};  // one for each block
 
     __device__ std::uint32_t digit(std::uint32_t code) const { return (code >> shift) & mask; }
 };
