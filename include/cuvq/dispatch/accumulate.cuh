@@ -108,7 +108,8 @@ void sort_pass(const kernel::row_source& source, kernel::digit_pass pass, std::u
                const kernel::digit_counts& counted, const accumulate_scratch& m, kernel::coded_row* to,
                std::uint32_t* placed, bool clears, const vector_ref<float>& counts, const matrix_ref<float>& sums,
                bool depends, cudaStream_t stream) {
-    constexpr std::int64_t cleared = 1 << 14, most = 256;  // sums that are worth a block, and blocks
+    // Sums that are worth a block, as many as a narrow code counts for, and blocks.
+    constexpr std::int64_t cleared = 1 << 14, least = 128, most = 256;
     std::uint32_t* histogram = m.histogram;
     if (counted.histogram) {
         histogram = counted.histogram;
@@ -119,7 +120,8 @@ void sort_pass(const kernel::row_source& source, kernel::digit_pass pass, std::u
                             Block::count_bytes(pass.bins), source, pass, histogram);
     }
     using scan = kernel::scan_tile;
-    const std::uint32_t clearing = clears ? detail::blocks_for(sums.rows * sums.columns, cleared, most) : 0;
+    const std::uint32_t clearing =
+        clears ? detail::blocks_for(sums.rows * std::max(sums.columns, least), cleared, most) : 0;
     detail::launch_next(depends, kernel::scan_histograms<scan>,
                         std::max((pass.bins + scan::bins - 1) / scan::bins, clearing), scan::bins * scan::warps, stream,
                         0, histogram, chunks, pass.bins, m.totals, clears, counts, sums);
