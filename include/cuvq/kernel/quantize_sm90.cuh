@@ -1,12 +1,14 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
 // The search of many rows on Hopper, as a pipeline through one persistent block's shared memory. Consumer warpgroups
-// score 64 rows each against every tile of codes and keep the best. One warpgroup converts the next rows meanwhile. In
-// the last one, a warp streams the tiles of codes, and three write codes and list the rows that the filter left open.
+// score 64 rows each against every tile of codes and keep the best; where only the last 64 are left, all score these,
+// against a share of the tiles each. One warpgroup converts the next rows meanwhile. In the last one, a warp streams
+// the tiles of codes, and three write codes and list the rows that the filter left open.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -49,7 +51,11 @@ struct sm90_shared {
     static constexpr int centre = results + result_buffers * static_cast<int>(sizeof(row_results));
     static constexpr int bounds = centre + 64 * Tile::steps;
     static constexpr int barriers = bounds + static_cast<int>(sizeof(device::score_bounds));
-    static constexpr int bytes = barriers + 8 * 2 * (Tile::stages + Tile::row_buffers + result_buffers);
+    static constexpr int handed = barriers + 8 * 2 * (Tile::stages + Tile::row_buffers + result_buffers);
+    // Whether consumers may share a turn. With no more tiles in flight than they score at once they would wait; of more
+    // than one step, registers run short, and all other turns take longer.
+    static constexpr bool shares = Tile::steps == 1 && Tile::consumers > 1 && Tile::stages > Tile::consumers;
+    static constexpr int bytes = handed + (shares ? (Tile::consumers - 1) * 128 * most_filter_bytes : 0);
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
     static constexpr int threads = 128 * (Tile::consumers + 2);
 };
@@ -295,13 +301,16 @@ __device__ void finish_rows(const detail::quantize_args<X, C>& a, const search_t
 }
 
 /// How the turns of a block are dealt out to its consumers: `width` of them take one each in every round, as evenly as
-/// can be.
+/// can be. Of a large codebook, a single turn more than whole rounds is shared by all of them.
 template <class Tile>
 struct turn_rounds {
-    int rounds, width;
+    bool last_shared;
+    int rounds, width;  // without the shared turn
 
-    __device__ explicit turn_rounds(int turns)
-        : rounds((turns - 1) / Tile::consumers + 1), width((turns - 1) / rounds + 1) {}
+    __device__ turn_rounds(int turns, int tiles)
+        : last_shared(sm90_shared<Tile>::shares && tiles > tagged_tiles && turns % Tile::consumers == 1),
+          rounds((turns - 1) / Tile::consumers + !last_shared),
+          width(last_shared ? Tile::consumers : (turns - 1) / rounds + 1) {}
 };
 
 /// The warp that streams the tiles of codes, in each round all of them; one lane.
@@ -311,8 +320,8 @@ __device__ void stream_codes(const codebook_image& image, int tiles, char* codes
     namespace ptx = cuda::ptx;
     using shared = sm90_shared<Tile>;
     ring<Tile::stages> stage(1);
-    const turn_rounds<Tile> deal(span.turns());
-    for (int round = 0; round < deal.rounds; ++round) {
+    const turn_rounds<Tile> deal(span.turns(), tiles);
+    for (int round = 0; round < deal.rounds + deal.last_shared; ++round) {
         for (int i = 0; i < tiles * shared::parts; ++i, stage.next()) {
             const int tile = i / shared::parts, part = i % shared::parts;
             const int bytes = part + 1 < shared::parts ? shared::part_bytes : shared::last_bytes;
@@ -327,14 +336,29 @@ __device__ void stream_codes(const codebook_image& image, int tiles, char* codes
     }
 }
 
-/// One warpgroup's 64 rows against all tiles of codes, whose scores go through `filter`. `row_operand`: the rows';
-/// `code_operands`: of the stages.
-template <class Tile, class Filter>
-__device__ void score_tiles(Filter& filter, std::uint32_t row_operand, std::uint32_t code_operands, int tiles, int mask,
-                            const sm90_barriers<Tile>& barriers, ring<Tile::stages>& stage,
+/// A consumer leaves `count` stages to the others, but keeps step with them.
+template <class Tile>
+__device__ void pass_stages(int count, const sm90_barriers<Tile>& barriers, ring<Tile::stages>& stage,
+                            const product_order<Tile>& order) {
+    for (int i = 0; i < count; ++i, stage.next()) {
+        wait(barriers.codes_full + stage.at, stage.parity);
+        if (i % sm90_shared<Tile>::parts == 0) {
+            order.wait();
+            order.pass_on();
+        }
+        arrive(barriers.codes_empty + stage.at);
+    }
+}
+
+/// One warpgroup's 64 rows against the tiles of codes from `first` on, every `Apart`-th, whose scores go through
+/// `filter`. `row_operand`: the rows'; `code_operands`: of the stages.
+template <class Tile, int Apart, class Filter>
+__device__ void score_tiles(Filter& filter, std::uint32_t row_operand, std::uint32_t code_operands, int first,
+                            int tiles, int mask, const sm90_barriers<Tile>& barriers, ring<Tile::stages>& stage,
                             const product_order<Tile>& order) {
     using shared = sm90_shared<Tile>;
-    for (int tile = 0; tile < tiles; ++tile, stage.next()) {
+    pass_stages<Tile>(first, barriers, stage, order);
+    for (int tile = first; tile < tiles; tile += Apart) {
         float score[64];  // (16 pairs of codes, 2 rows, 2)
         const auto operand = [&] { return arch::uniform(code_operands + stage.at * (shared::stage_bytes >> 4)); };
         wait(barriers.codes_full + stage.at, stage.parity);
@@ -356,10 +380,26 @@ __device__ void score_tiles(Filter& filter, std::uint32_t row_operand, std::uint
         arch::wgmma_wait();
         arrive(barriers.codes_empty + stage.at);
         filter.take(score, tile, mask);
+        stage.next();
+        if (Apart > 1) pass_stages<Tile>(min(Apart, tiles - tile) - 1, barriers, stage, order);
     }
 }
 
-/// Consumer warpgroup `consumer`: in each round its turn of 64 rows, if it has one, against all tiles of codes.
+/// Brings together in the first consumer what all of them saw of the turn that they share, by way of `handed`
+/// (consumers - 1, 128).
+template <class Tile, class Filter>
+__device__ void gather_filters(Filter& filter, Filter* handed, int consumer) {
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    if (consumer > 0) handed[(consumer - 1) * 128 + thread] = filter;
+    __syncwarp();
+    asm volatile("bar.sync 1, %0;" ::"n"(128 * Tile::consumers) : "memory");
+    if (consumer > 0) return;
+#pragma unroll 1
+    for (int other = 0; other < Tile::consumers - 1; ++other) filter.merge(handed[other * 128 + thread]);
+}
+
+/// Consumer warpgroup `consumer`: in each round its turn of 64 rows, if it has one, against all tiles of codes; of a
+/// shared turn, against its share of them.
 template <class Tile>
 __device__ void consume(char* codes, char* rows, const float* errors, row_results* results, int tiles, bool exact,
                         int mask, const sm90_barriers<Tile>& barriers, const row_span& span, int consumer) {
@@ -371,25 +411,30 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
     ring<Tile::stages> stage(0);
     const product_order<Tile> order{consumer};
     order.open();
-    const turn_rounds<Tile> deal(span.turns());
-    for (int round = 0; round < deal.rounds; ++round) {
-        const unsigned turn = round * deal.width + consumer;
+    const turn_rounds<Tile> deal(span.turns(), tiles);
+    for (int round = 0; round < deal.rounds + deal.last_shared; ++round) {
+        const bool together = shared::shares && round == deal.rounds;
+        const unsigned turn = together ? span.turns() - 1 : round * deal.width + consumer;
         const unsigned at = turn % Tile::row_buffers, put = turn % shared::result_buffers;
         const std::uint32_t row_operand = arch::uniform(row_operands + at * (shared::row_bytes >> 4));
-        if (consumer >= deal.width || !span.has(static_cast<int>(turn))) {  // the others have rows: keep step with them
-            for (int i = 0; i < tiles * shared::parts; ++i, stage.next()) {
-                wait(barriers.codes_full + stage.at, stage.parity);
-                if (i % shared::parts == 0) {
-                    order.wait();
-                    order.pass_on();
-                }
-                arrive(barriers.codes_empty + stage.at);
-            }
+        if (!together && (consumer >= deal.width || !span.has(static_cast<int>(turn)))) {  // the others have rows
+            pass_stages<Tile>(tiles * shared::parts, barriers, stage, order);
             continue;
         }
         wait(barriers.rows_full + at, turn / Tile::row_buffers & 1);
         const auto filter_by = [&](auto filter) {
-            score_tiles<Tile>(filter, row_operand, code_operands, tiles, mask, barriers, stage, order);
+            static_assert(sizeof filter <= most_filter_bytes);
+            const auto score = [&](auto apart, int first) {
+                score_tiles<Tile, decltype(apart)::value>(filter, row_operand, code_operands, first, tiles, mask,
+                                                          barriers, stage, order);
+            };
+            if (shared::shares && decltype(filter)::many && together) {
+                score(std::integral_constant<int, Tile::consumers>(), consumer);
+                gather_filters<Tile>(filter, reinterpret_cast<decltype(filter)*>(codes + shared::handed), consumer);
+                if (consumer > 0) return;
+            } else {
+                score(std::integral_constant<int, 1>(), 0);
+            }
             arrive_each(barriers.rows_empty + at);
             wait(barriers.results_empty + put, (turn / shared::result_buffers & 1) ^ 1);
             filter.conclude(tiles, results[put], row0);

@@ -232,6 +232,12 @@ struct column_tops {
             }
         }
     }
+    __device__ void merge(const column_tops& others) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int c = 0; c < score_table::columns; ++c) top[h][c] = max(top[h][c], others.top[h][c]);
+    }
     /// A bit for each column of a row that reaches `least`.
     __device__ unsigned reaching(int half, int least) const {
         unsigned bits = 0;
@@ -267,6 +273,12 @@ struct group_leaders {
         insert(max(high0, high1), of_tile);
         insert(max(second, low), of_tile);
     }
+    /// What another thread kept, of other tiles.
+    __device__ void merge(const group_leaders& others) {
+        rest = max(rest, others.rest);
+#pragma unroll
+        for (int i = 0; i < kept; ++i) insert(others.score[i], others.tile[i]);
+    }
     __device__ int number(int i, int q) const {
         const int place = ~score[i] & ~group_tag_mask;
         return score_table::number(Many ? tile[i] : place / 4, place % 4, q);
@@ -295,6 +307,8 @@ private:
 template <bool Many>
 class exact_filter {
 public:
+    static constexpr bool many = Many;
+
     __device__ exact_filter(float error0, float error1) : error_{error0, error1} {}
 
     /// A tile's scores. Whole warp.
@@ -308,6 +322,13 @@ public:
             least_[0] = limit(0);
             least_[1] = limit(1);
         }
+    }
+
+    /// What another warpgroup's thread saw of the same rows, in other tiles.
+    __device__ void merge(const exact_filter& others) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) lead_[h].merge(others.lead_[h]);
+        columns_.merge(others.columns_);
     }
 
     /// Turns what the four threads of two rows saw, row0 and row0 + 8, into codes, or into words for `settle_rows`. All
@@ -397,6 +418,8 @@ private:
 template <bool Many>
 class fast_filter {
 public:
+    static constexpr bool many = Many;
+
     __device__ fast_filter(float error0, float error1) : sound_{error0 == error0, error1 == error1} {}
 
     __device__ void take(const float (&score)[64], int tile, int mask) {
@@ -408,6 +431,15 @@ public:
         if (Many) {
             least_[0] = least_candidate(row_largest(lead_[0].best), 0.0f);
             least_[1] = least_candidate(row_largest(lead_[1].best), 0.0f);
+        }
+    }
+
+    __device__ void merge(const fast_filter& others) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const leaders &other = others.lead_[h], &own = lead_[h];
+            const int score = own.best & tag_mask, other_score = other.best & tag_mask;
+            if (other_score > score || (other_score == score && other.best_tile < own.best_tile)) lead_[h] = other;
         }
     }
 
@@ -435,5 +467,8 @@ private:
 };
 
 #endif  // CUVQ_HAS_WGMMA
+
+/// What a thread's filter takes in memory, at most: exact_filter<true>.
+inline constexpr int most_filter_bytes = 136;
 
 }  // namespace cuvq::kernel
