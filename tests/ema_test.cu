@@ -213,7 +213,6 @@ TEST_F(EmaSmall, UpdateIsAccumulateThenApply) {
 
 TEST_F(EmaTest, LaunchesAreAsManyAsTheHeadersSay) {
     random_source random;
-    const auto launches = [](auto body) { return captured_graph(body).kernels(); };
     for (const std::int64_t n : {8192, 8193}) {  // the one launch, and sorting
         SCOPED_TRACE(testing::Message() << n << " rows");
         const std::int64_t k = 30, d = 12;

@@ -64,10 +64,9 @@ void quantize_simt(const XView& x, const CodebookView& codebook, const CodesView
 template <class XView, class CodebookView, class CodesView>
 bool quantize_many(const XView& x, const CodebookView& codebook, const CodesView& codes) {
     const auto args = detail::validate_quantize("quantize_many", x, codebook, codes, discard, discard, {});
-    int device = 0, major = 0, processors = 0;
+    int device = 0, major = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     if (args.x.rows == 0 || major != 9) return false;
     const shape room{std::max<std::int64_t>(args.x.rows, 65), args.codebook.rows, args.x.columns};
     detail::carver measure;
@@ -78,7 +77,7 @@ bool quantize_many(const XView& x, const CodebookView& codebook, const CodesView
     bool launched = false;
     dispatch::with_sm90_tile(args.x.columns, [&](auto tile) {
         dispatch::prepare<decltype(tile)::dimensions>(args.codebook, scratch.image, nullptr);
-        dispatch::quantize_sm90_many<decltype(tile)>(args, {}, scratch, true, (args.x.rows - 1) / 64 + 1, processors,
+        dispatch::quantize_sm90_many<decltype(tile)>(args, {}, scratch, true, (args.x.rows - 1) / 64 + 1, processors(),
                                                      nullptr);
         launched = true;
     });
@@ -1060,6 +1059,42 @@ TEST_F(QuantizeTest, ManyRowsAndCodesOfEveryOperandSize) {
     for (const std::int64_t d : {3, 8, 13, 48, 77, 100, 256, 269}) {
         expect_steady_codes(150001, 1000, d, 2, false);
         expect_steady_codes(150001, 3100, d, 2, false);  // so many tiles that not all are looked at closely
+    }
+}
+
+/// On Hopper a block scores 64 rows with each of three warpgroups, so that of 4 or 7 times 64 some are left for one;
+/// of a large codebook these are shared by all, each of which sees some tiles of codes.
+TEST_F(QuantizeTest, WarpgroupsThatShareTheirLastRows) {
+    random_source random;
+    const std::int64_t k = 4300;
+    for (const std::int64_t turns : {4, 7}) {
+        const std::int64_t n = 64 * turns * processors() - 700;  // the last blocks have fewer rows
+        for (const std::int64_t d : {3, 8, 13}) {
+            expect_steady_codes(n, k, d, 3, false);
+            expect_steady_codes(n, 2 * k, d, 2, true);
+        }
+        // Near codes in the tiles of one warpgroup, or of several, and more than any of them keeps.
+        auto x = random.normals<float>(n, 6), codebook = random.normals<float>(k, 6);
+        const auto rows = random.normals<float>(9, 6);
+        for (std::int64_t r = 0; r < 9; ++r)
+            for (std::int64_t copy = 0; copy <= r; ++copy)
+                for (std::int64_t c = 0; c < 6; ++c)
+                    codebook(128 * (r + copy * (r % 2 ? 1 : 3)) + 9 * r + 5, c) =
+                        rows.at(r, c) * (1 + 0x1p-23f * static_cast<float>(random.integer(0, 2)));
+        for (std::int64_t i = 0; i < n; i += 5)
+            for (std::int64_t c = 0; c < 6; ++c) x(i, c) = rows.at(i % 9, c) + 1e-3f * random.normal();
+        x(n / 2, 3) = nan;
+        x(n - 1, 0) = inf;
+        EXPECT_TRUE(codes_are_nearest(x, codebook, search(x, codebook).codes));
+        expect_fast(x, codebook);
+
+        const auto half = random.normals<float>(k / 2, 8);
+        search_memory<float, float> memory(
+            random.normals<float>(n, 8),
+            matrix<float>::generate(k, 8, [&](auto c, auto d) { return half.at(c * 37 % (k / 2), d); }));
+        memory.params.accuracy = accuracy::fast;
+        memory.run();
+        for (const auto code : memory.outcome().codes) ASSERT_LT(code, k / 2) << "not the first of two equal codes";
     }
 }
 

@@ -468,6 +468,7 @@ TEST_F(TrainStepTest, ASearchThatCountsDigitsSparesTheUpdateALaunch) {
                  {600001, 300, 20, true},  // two
                  {60001, 256, 9, true},    // where -1 may be a code, but not of this type
                  {40000, 5000, 40, true},  // sorted digit by digit
+                 {40000, 65536, 3, true},  // both of these
                  {9000, 1, 128, false},    // searched without tensor cores
                  {10000, 2000, 3, false},  // too little room
                  {3000, 300, 20, false}};  // not sorted
@@ -481,7 +482,6 @@ TEST_F(TrainStepTest, ASearchThatCountsDigitsSparesTheUpdateALaunch) {
         EXPECT_EQ(expect_quantize_then_update(before, x, params, accuracy::exact), codes);
 
         train_memory<float, float> memory(before, x, params, std::vector<float>(static_cast<std::size_t>(n), 0.5f));
-        const auto launches = [](auto body) { return captured_graph(body).kernels(); };
         const auto step = [&](const train_params& p) {
             return launches([&](cudaStream_t stream) {
                 train_step(memory.state.view(), memory.x.view(), memory.codes.view(), discard, p, {}, stream);
@@ -645,8 +645,9 @@ TEST(TrainStepWorkspaceSmall, IsAtMostTwentyFourBytesARowAndFourCodebooks) {
     for (const shape& size :
          {shape{1 << 20, 1024, 128}, shape{1 << 20, 4096, 128}, shape{1 << 20, 16384, 64}, shape{65536, 8192, 256},
           shape{262144, 16384, 8}, shape{32768, 65536, 512}, shape{1 << 20, 512, 3}, shape{100000, 256, 1},
-          shape{8193, 16384, 2}, shape{32768, 65535, 2}, shape{9000, 255, 256}, shape{8193, 2049, 1},
-          shape{4096, 512, 64}, shape{8, 2048, 256}, shape{1, 1, 1}, shape{0, 300, 20}})
+          shape{1 << 20, 256, 256}, shape{65536, 256, 1024}, shape{8193, 16384, 2}, shape{32768, 65535, 2},
+          shape{9000, 255, 256}, shape{8193, 2049, 1}, shape{4096, 512, 64}, shape{8, 2048, 256}, shape{1, 1, 1},
+          shape{0, 300, 20}})
         for (const bool reports : {false, true}) {
             train_params params;
             params.rule = ema_rule::laplace;
@@ -696,6 +697,7 @@ TYPED_TEST(TrainStepTypes, TwentyRunsAreBitwiseEqual) {
         {9000, 500, 20, 900},    // many rows: sorted first
         {9000, 300, 200, 900},   // then summed in two slices
         {8500, 200, 300, 850},   // in three
+        {40000, 300, 64, 400},   // the search counts for the sort
         {9000, 3000, 24, 40},    // rows left open, so few that several blocks share each
         {9000, 3000, 24, 9000},  // more than several blocks share
     };

@@ -23,7 +23,7 @@ namespace cuvq {
 inline std::size_t accumulate_workspace_bytes(const shape& s, const accumulate_params& = {}) {
     detail::check_shape("accumulate_workspace_bytes", s);
     detail::carver c;
-    dispatch::accumulate_scratch(c, s);
+    dispatch::accumulate_scratch(c, s, false);
     c.take<unsigned long long>(1);  // invalid rows
     return c.bytes();
 }
@@ -62,7 +62,7 @@ void accumulate(const XView& x, const CodesView& codes, const CountsView& counts
     const shape s{args.x.rows, args.sums.rows, args.x.columns};
     const detail::scratch memory(function, ws, accumulate_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
-    const dispatch::accumulate_scratch m(c, s);
+    const dispatch::accumulate_scratch m(c, s, false);
     unsigned long long* invalid_rows = params.stats ? c.take<unsigned long long>(1) : nullptr;
     if (params.stats) dispatch::clear_tallies(invalid_rows, 1, stream);
     dispatch::accumulate(args, params.add, {}, m, invalid_rows, stream);

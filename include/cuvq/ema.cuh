@@ -57,9 +57,10 @@ struct update_scratch {
     float* counts;  // [K]
     float* sums;    // [K x D], straight behind the counts
 
-    update_scratch(carver& c, const update_tally& t, const shape& s, const ema_params& p)
+    /// `trusted`: see `dispatch::provenance`.
+    update_scratch(carver& c, const update_tally& t, const shape& s, const ema_params& p, bool trusted)
         : tally(t),
-          accumulate(c, s),
+          accumulate(c, s, trusted),
           ema(c, p),
           counts(c.take<float>(s.codes * (s.dimensions + 1))),
           sums(counts ? counts + s.codes : nullptr) {}
@@ -140,7 +141,7 @@ void ema_apply(const State& state, const CountsView& counts, const SumsView& sum
 inline std::size_t ema_update_workspace_bytes(const shape& s, const ema_params& params = {}) {
     detail::check_shape("ema_update_workspace_bytes", s);
     detail::carver c;
-    detail::update_scratch(c, {c, params.stats != nullptr}, s, params);
+    detail::update_scratch(c, {c, params.stats != nullptr}, s, params, false);
     return c.bytes();
 }
 
@@ -169,7 +170,7 @@ void ema_update(const State& state, const XView& x, const CodesView& codes, cons
     detail::check_state_prepared(function, state, s.codes, s.dimensions);
     const detail::scratch memory(function, ws, ema_update_workspace_bytes(s, params), stream);
     detail::carver c(memory.data());
-    const detail::update_scratch m(c, {c, params.stats != nullptr}, s, params);
+    const detail::update_scratch m(c, {c, params.stats != nullptr}, s, params, false);
     m.tally.clear(stream);
     detail::update(args, params, {}, detail::refresh_of(state.prepared, s.codes, s.dimensions), m, stream);
     if (params.stats) dispatch::write_stats(m.tally.parts(m.counts, s.codes), params.stats, stream);

@@ -42,7 +42,9 @@ struct train_scratch {
     /// four copies of the codebook leave.
     static dispatch::digit_scratch take_digits(carver& c, const shape& s, float* distances) {
         dispatch::digit_scratch d;
-        if (!dispatch::may_count(s) || s.vectors > dispatch::most_slice_rows ||
+        static_assert(dispatch::digit_scratch::long_chunk * kernel::row_chunks::group_rows ==
+                      dispatch::sort_plan::few_bins::most_tile);
+        if (s.codes == 1 || !dispatch::may_leave_open(s) || s.vectors > dispatch::most_slice_rows ||
             gather_shapes::include(s.vectors, s.codes, s.dimensions))
             return d;
         const dispatch::sort_plan plan(s.vectors, s.codes);
@@ -62,7 +64,7 @@ struct train_scratch {
           distances(is_ambiguous(s.codes) ? c.take<float>(s.vectors) : nullptr),
           place(c),
           search(place, s, {}),
-          update(c, counters, s, p) {
+          update(c, counters, s, p, true) {
         c.share(place);
         digits = take_digits(c, s, distances);
     }

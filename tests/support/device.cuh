@@ -296,4 +296,18 @@ private:
     cudaGraphExec_t executable_ = nullptr;
 };
 
+/// How many kernels body(stream) launches.
+template <class Body>
+int launches(const Body& body) {
+    return captured_graph(body).kernels();
+}
+
+/// Multiprocessors of the device.
+inline int processors() {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
 }  // namespace cuvq::test

@@ -77,12 +77,14 @@ struct accumulate_scratch {
     double* partial_sums = nullptr;      // [runs][2][D]
     double* partial_counts = nullptr;    // [runs][2]
 
-    accumulate_scratch(detail::carver& c, const shape& s)
+    /// `trusted`: see `provenance`.
+    accumulate_scratch(detail::carver& c, const shape& s, bool trusted)
         : slice(std::min(s.vectors, most_slice_rows)), run(sum_tile::rows(slice, s.codes, s.dimensions)) {
         if (gather_shapes::include(s.vectors, s.codes, s.dimensions)) return;  // needs none
         const sort_plan plan(slice, s.codes);
         rows[0] = c.take<kernel::coded_row>(slice);
-        if (plan.passes > 1 || s.dimensions > sum_tile::columns) rows[1] = c.take<kernel::coded_row>(slice);
+        if (plan.passes > 1 || (s.dimensions > sum_tile::columns && !trusted))
+            rows[1] = c.take<kernel::coded_row>(slice);
         totals = c.take<std::uint32_t>(plan.bins);
         placed = c.take<std::uint32_t>(2);
         last_run = c.take<std::uint32_t>(s.codes);

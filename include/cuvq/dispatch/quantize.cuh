@@ -108,7 +108,8 @@ inline kernel::image_refresh take_prepared(detail::carver& c, std::int64_t codes
 
 /// Where a search may count the digits of its codes for the sort that comes next, and whether it does.
 struct digit_scratch {
-    kernel::digit_counts counts{};  // histogram: null until it does
+    static constexpr std::int64_t long_chunk = 64;  // for a block of the sort: turns, of 64 rows each
+    kernel::digit_counts counts{};                  // histogram: null until it does
     std::uint32_t* room = nullptr;
     std::int64_t most_chunks = 0;  // that the room holds
 
@@ -116,7 +117,6 @@ struct digit_scratch {
     /// for itself, in one chunk, or if that were long for a block of the sort, in two.
     kernel::digit_counts begin(std::int64_t blocks, std::int64_t turns) {
         static_assert(kernel::row_chunks::group_rows == kernel::row_results::rows);
-        constexpr std::int64_t long_chunk = 64;
         const bool halves = turns > long_chunk;
         if ((halves ? 2 * blocks : blocks) > most_chunks) return {};
         counts.histogram = room;
@@ -126,9 +126,10 @@ struct digit_scratch {
     }
 };
 
-/// Whether a search of this shape may count digits on some device.
-inline bool may_count(const shape& s) {
-    return s.codes > 1 && s.dimensions <= sm90_d269::dimensions && has_image(s.codes, s.dimensions);
+/// Whether a search of many rows of this shape leaves some of them open, on some device. Of wider rows it settles them
+/// where it finds them.
+inline bool may_leave_open(const shape& s) {
+    return s.dimensions <= sm90_d269::dimensions && has_image(s.codes, s.dimensions);
 }
 
 /// Scratch memory of a search. `prepared`: the image is there already.
@@ -145,9 +146,8 @@ struct search_scratch {
         else
             image = take_image(c, s.codes, s.dimensions);
         parts = take_parts(c, s);
-        // Fewer rows, or wider ones, are settled where they are searched.
         const std::int64_t groups = (s.vectors + kernel::row_results::rows - 1) / kernel::row_results::rows;
-        if (groups < 2 || s.dimensions > sm90_d269::dimensions || !has_image(s.codes, s.dimensions)) return;
+        if (groups < 2 || !may_leave_open(s)) return;
         open.rows = c.take<int>(groups * kernel::row_results::rows);
         open.words = c.take<kernel::open_words>(groups * kernel::row_results::rows);
         open.counts = c.take<int2>(std::min<std::int64_t>(groups * kernel::finishing_warps, kernel::most_segments));

@@ -15,7 +15,7 @@
 
 #include <cuvq/arch/hopper.cuh>
 #include <cuvq/detail/arguments.hpp>
-#include <cuvq/kernel/accumulate.cuh>
+#include <cuvq/kernel/segments.cuh>
 #include <cuvq/kernel/sort_rows.cuh>
 #include <cuvq/views.hpp>
 
@@ -279,40 +279,6 @@ __device__ void open_gather(gather_storage<Tile>& shared) {
     if (threadIdx.x == 0) shared.box.open();
     __syncwarp();
     arch::cluster<Tile::cluster>::arrive_relaxed();
-}
-
-/// Adds up what the warps of a block left of each code in `shared`, in order. Teams of threads take the codes in turn,
-/// a thread of a team one of `width` columns.
-/// @param emit  (open_segment, column): called by all threads of a team, also by those beyond the last column.
-template <class Tile, class Emit>
-__device__ void merge_segments(const segment_storage<Tile>& shared, int width, const Emit& emit) {
-    constexpr unsigned all = 0xFFFFFFFFu;
-    constexpr int slots = Tile::threads / 16;  // two of each warp
-    static_assert(slots <= 32, "a lane for each");
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const std::uint32_t code = lane < slots ? shared.code[lane / 2][lane % 2] : std::uint32_t{coded_row::none};
-    const unsigned used = __ballot_sync(all, code != coded_row::none), before = used & ((1u << lane) - 1);
-    const std::uint32_t code_before = __shfl_sync(all, code, before != 0 ? 31 - __clz(static_cast<int>(before)) : lane);
-    unsigned heads = __ballot_sync(all, code != coded_row::none && (before == 0 || code != code_before));
-    const int team_threads = width <= 32 ? 32 : width <= 64 ? 64 : Tile::columns;
-    const int teams = Tile::threads / team_threads, team = static_cast<int>(threadIdx.x) / team_threads;
-    const int column = static_cast<int>(threadIdx.x) % team_threads;
-#pragma unroll 1
-    for (int number = 0; heads != 0; ++number) {
-        const int first = __ffs(static_cast<int>(heads)) - 1;
-        heads &= heads - 1;
-        if (number % teams != team) continue;
-        unsigned own = used & ~((1u << first) - 1);
-        if (heads != 0) own &= (heads & -heads) - 1;
-        open_segment segment{__shfl_sync(all, code, first)};
-#pragma unroll 1
-        for (; own != 0; own &= own - 1) {
-            const int i = __ffs(static_cast<int>(own)) - 1;
-            segment.sum += shared.sum[i / 2][i % 2][column];
-            segment.count += shared.count[i / 2][i % 2];
-        }
-        emit(segment, column);
-    }
 }
 
 /// Sums the rows of the block's codes into shared.sum and shared.count, after `open_gather`. `checks`: rows that hold a

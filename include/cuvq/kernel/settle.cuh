@@ -52,6 +52,17 @@ struct rows_seen {
     }
 };
 
+/// The lists of a search of `blocks` blocks: a segment for each of their finishing warps.
+struct list_segments {
+    std::int64_t rows;
+    int most_turns, blocks;
+
+    __device__ int count() const { return blocks * finishing_warps; }
+    __device__ rows_seen of(int segment) const {
+        return {{rows, most_turns, segment / finishing_warps}, segment % finishing_warps};
+    }
+};
+
 /// The rows that a search leaves open, listed by each finishing warp, in those places of the lists that are the indices
 /// of the rows it sees: from the front rows whose words are all codes, from the back others.
 struct open_rows {
@@ -194,8 +205,8 @@ __device__ void settle_listed(const detail::quantize_args<X, C>& a, const search
     if (places == 0) return;
     // Rows and words are read before it is known whether they are listed, lest loads wait for each other.
     const int own_word = min(lane % Lanes, open_words::most(tiles) - 1);
-    int next_own, next_word = open_words::none;
-    open_words next_words;
+    int next_own;
+    std::conditional_t<Lanes == 1, open_words, int> next_words;  // all of a row's, or the lane's own
     const auto number_from = [&](int from) { return from + lane / Lanes * apart; };
     const auto load = [&](int number) {
         const std::int64_t place = seen.row(min(number, places - 1));
@@ -203,7 +214,7 @@ __device__ void settle_listed(const detail::quantize_args<X, C>& a, const search
         if constexpr (Lanes == 1)
             next_words = open.words[place];
         else
-            next_word = open.words[place].word(own_word, tiles);
+            next_words = open.words[place].word(own_word, tiles);
     };
     load(number_from(first));
     const int count = count_of();
@@ -214,8 +225,12 @@ __device__ void settle_listed(const detail::quantize_args<X, C>& a, const search
     while (first < count) {
         const bool listed = number_from(first) < count;
         const std::int64_t row = listed ? seen.row(next_own) : 0;
-        const open_words words = next_words.cut(listed ? open_words::most(tiles) : 0, tiles);
-        const int word = listed && lane % Lanes < open_words::most(tiles) ? next_word : open_words::none;
+        const auto words = [&] {
+            if constexpr (Lanes == 1)
+                return next_words.cut(listed ? open_words::most(tiles) : 0, tiles);
+            else
+                return listed && lane % Lanes < open_words::most(tiles) ? next_words : open_words::none;
+        }();
         first += stride;
         load(number_from(first));
         const X* x = a.x.row(row);
@@ -239,7 +254,7 @@ __device__ void settle_listed(const detail::quantize_args<X, C>& a, const search
             for (std::int64_t k; (k = code(reader.next())) >= 0;) consider(k, code(reader.next()));
         } else {
             const unsigned lanes = ((1u << Lanes) - 1) << (lane / Lanes * Lanes);
-            const shared_reader reader(word, tiles, lanes);
+            const shared_reader reader(words, tiles, lanes);
             float least = __int_as_float(0x7F800000);
             int here = Lanes;  // codes that the lanes hold, one each
 #pragma unroll 1
@@ -306,39 +321,38 @@ struct segment_starts {
     }
 };
 
-/// How the rows that a search of `blocks` blocks of `most_turns` turns listed from the front are dealt out to warps. So
-/// many warps begin with each segment's, which are known without a look at others', and take so many of them at most;
-/// what is left, where a part of the batch is harder than others, all share.
+/// How the rows listed from the front are dealt out to warps. So many warps begin with each segment's, which are known
+/// without a look at others', and take so many of them at most; what is left, where a part of the batch is harder than
+/// others, all share.
 template <int Lanes>
 struct narrow_deal {
     static constexpr int rows = 32 / Lanes;  // of a warp at once
     static constexpr int most_rounds = 32;
-    int segments, sharers;
+    list_segments segments;
+    int sharers;
 
-    __device__ narrow_deal(int blocks, int warps) : segments(blocks * finishing_warps), sharers(warps / segments) {}
+    __device__ narrow_deal(const list_segments& all, int warps) : segments(all), sharers(warps / segments.count()) {}
     __device__ int most() const { return sharers * rows * most_rounds; }
 };
 
 /// The first rows of each segment: warp `warp` of as many as the deal is for.
 template <int Lanes, class X, class C>
 __device__ void settle_first(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
-                             const narrow_deal<Lanes>& deal, int most_turns, int warp) {
-    const int segment = warp % deal.segments, share = warp / deal.segments;
+                             const narrow_deal<Lanes>& deal, int warp) {
+    const int segment = warp % deal.segments.count(), share = warp / deal.segments.count();
     if (share >= deal.sharers) return;
-    const rows_seen seen{{a.x.rows, most_turns, segment / finishing_warps}, segment % finishing_warps};
     // Of a few rows each warp takes some, since those of a warp wait for each other where they take different turns.
     const int apart = Lanes == 1 ? 1 : deal.sharers;
-    settle_listed<Lanes>(a, tally, open, seen, Lanes == 1 ? share * deal.rows : share, apart, deal.sharers * deal.rows,
-                         [&] { return min(open.counts[segment].x, deal.most()); });
+    settle_listed<Lanes>(a, tally, open, deal.segments.of(segment), Lanes == 1 ? share * deal.rows : share, apart,
+                         deal.sharers * deal.rows, [&] { return min(open.counts[segment].x, deal.most()); });
 }
 
 /// The others, by all warps alike. Not inlined: it would take registers from what is always done.
 template <int Lanes, class X, class C>
 __device__ __noinline__ void settle_rest(const detail::quantize_args<X, C>& a, const search_tally& tally,
-                                         const open_rows& open, const narrow_deal<Lanes>& deal, int most_turns,
-                                         segment_starts& shared) {
+                                         const open_rows& open, narrow_deal<Lanes> deal, segment_starts& shared) {
     const std::int64_t total =
-        shared.set(deal.segments, [&](int segment) { return max(open.counts[segment].x - deal.most(), 0); });
+        shared.set(deal.segments.count(), [&](int segment) { return max(open.counts[segment].x - deal.most(), 0); });
     const std::int64_t warps = std::int64_t{gridDim.x} * (settle_threads / 32);
     const std::int64_t warp = std::int64_t{threadIdx.x / 32} * gridDim.x + blockIdx.x;
     const std::int64_t share = ((total - 1) / (warps * deal.rows) + 1) * deal.rows;
@@ -349,8 +363,7 @@ __device__ __noinline__ void settle_rest(const detail::quantize_args<X, C>& a, c
         const std::int64_t next = segment + 1 < most_segments ? shared.starts[segment + 1] : total;
         const int first = deal.most() + static_cast<int>(at - start);
         const int stop = deal.most() + static_cast<int>(min(end, next) - start);
-        const rows_seen seen{{a.x.rows, most_turns, segment / finishing_warps}, segment % finishing_warps};
-        settle_listed<Lanes>(a, tally, open, seen, first, 1, deal.rows, [&] { return stop; });
+        settle_listed<Lanes>(a, tally, open, deal.segments.of(segment), first, 1, deal.rows, [&] { return stop; });
         at += stop - first;
     }
 }
@@ -358,19 +371,18 @@ __device__ __noinline__ void settle_rest(const detail::quantize_args<X, C>& a, c
 /// Codes of the rows listed from the back, by a block each, the last blocks first, or if they are few, by several.
 template <class X, class C>
 __device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
-                            int blocks, int most_turns, segment_starts& shared_starts) {
+                            const list_segments& segments, segment_starts& shared_starts) {
     constexpr int warps = settle_threads / 32;
     __shared__ double distances[warps];
     __shared__ std::int64_t codes[warps];
     __shared__ bool decides;
-    const std::int64_t total =
-        shared_starts.set(blocks * finishing_warps, [&](int segment) { return open.counts[segment].y; });
+    const std::int64_t total = shared_starts.set(segments.count(), [&](int segment) { return open.counts[segment].y; });
     const int parts = total > most_shared_rows ? 1 : shared_parts(a.codebook.rows, a.codebook.columns);
     for (std::int64_t i = gridDim.x - 1 - blockIdx.x; i < total * parts; i += gridDim.x) {
         const std::int64_t number = i / parts;
         const int part = static_cast<int>(i % parts);
         const int low = shared_starts.find(number);
-        const rows_seen seen{{a.x.rows, most_turns, low / finishing_warps}, low % finishing_warps};
+        const rows_seen seen = segments.of(low);
         const std::int64_t place = seen.row(seen.count() - 1 - static_cast<int>(number - shared_starts.starts[low]));
         const std::int64_t row = seen.row(open.rows[place]);
         device::exact_choice choice;
@@ -416,21 +428,21 @@ __global__ __launch_bounds__(settle_threads,
     arch::wait_for_predecessor();
     constexpr int each = most_segments / settle_threads;
     __shared__ segment_starts starts;
+    const list_segments segments{a.x.rows, most_turns, blocks};
     int2 listed[each];  // looked at when they have come
 #pragma unroll
     for (int i = 0; i < each; ++i) {
         const int segment = i * settle_threads + static_cast<int>(threadIdx.x);
-        listed[i] = segment < blocks * finishing_warps ? open.counts[segment] : int2{0, 0};
+        listed[i] = segment < segments.count() ? open.counts[segment] : int2{0, 0};
     }
     const int narrow = static_cast<int>(gridDim.x - gridDim.x / 4), block = static_cast<int>(blockIdx.x);
     const auto settle = [&](auto lanes) {
-        const narrow_deal<decltype(lanes)::value> deal(blocks, settle_threads / 32 * narrow);
-        if (block < narrow)
-            settle_first(a, tally, open, deal, most_turns, static_cast<int>(threadIdx.x) / 32 * narrow + block);
+        const narrow_deal<decltype(lanes)::value> deal(segments, settle_threads / 32 * narrow);
+        if (block < narrow) settle_first(a, tally, open, deal, static_cast<int>(threadIdx.x) / 32 * narrow + block);
         bool any_left = false;
 #pragma unroll
         for (int i = 0; i < each; ++i) any_left = any_left || listed[i].x > deal.most();
-        if (__syncthreads_or(any_left)) settle_rest(a, tally, open, deal, most_turns, starts);
+        if (__syncthreads_or(any_left)) settle_rest(a, tally, open, deal, starts);
     };
     if (a.x.columns <= alone_columns)
         settle(std::integral_constant<int, 1>());
@@ -439,7 +451,7 @@ __global__ __launch_bounds__(settle_threads,
     bool any_wide = false;
 #pragma unroll
     for (int i = 0; i < each; ++i) any_wide = any_wide || listed[i].y > 0;
-    if (__syncthreads_or(any_wide)) settle_wide(a, tally, open, blocks, most_turns, starts);
+    if (__syncthreads_or(any_wide)) settle_wide(a, tally, open, segments, starts);
 #endif  // CUVQ_HAS_WGMMA
 }
 
