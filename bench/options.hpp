@@ -104,7 +104,7 @@ this run.
 
 Counters
   us, us_min     median and fastest sample, microseconds per call; before its
-                 samples the card rests twice as long as they take
+                 samples the card rests as long as they take
   sets           of vectors, over which the calls rotate; 1: always the same
   TFLOP/s        2NKD per call (of accumulate and ema_update: none)
   GB/s           of the fewest bytes the call must move (an update leaves all of

@@ -42,7 +42,7 @@ DECAY = 0.9900000095367432  # 0.99 in float32, as a kernel takes it
 # at clocks of 2 to 1 GHz for a graph, 1 to 2 ms for launches one by one.
 LEAD, LONG_LEAD = 50000, 2000000
 # How long the device rests before the samples of a row, of the time that these take: as in cuvq_bench.
-RESTS = 2
+RESTS = 1
 # N K D from which a kernel whose time grows with that is put behind all other rows: tuning it takes half a minute.
 DEAR = 2e11
 

@@ -33,7 +33,7 @@ static __global__ void hold_the_stream(long long cycles) {
 inline constexpr long long lead_cycles = 50000;
 
 /// How long the card rests, of the time that samples take.
-inline constexpr double rests = 2;
+inline constexpr double rests = 1;
 
 class stopwatch {
 public:
