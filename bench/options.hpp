@@ -98,7 +98,8 @@ cuBLAS, in half precision, written out: a floor for anyone who materializes
 scores; cublas_one_hot: sums as a product with a one-hot matrix;
 cub_sort_reduce: sums by sorting and DeviceReduce::ReduceByKey, what CUB has by
 itself (a sort followed by a kernel written for it is faster: see flash_kmeans
-in peers.py); floor/copy_x and floor/read_x: one copy, one read of the vectors.
+in peers.py); floor/copy_x and floor/read_x: one copy (by the driver or a kernel,
+whichever is faster), one read of the vectors.
 ceiling/...: the card's copy and its half-precision product of 8192x8192x8192 in
 this run.
 
