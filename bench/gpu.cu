@@ -163,7 +163,7 @@ void add_floors(fixture& s, const cuvq::shape& shape, const char* type) {
                 vectors);
             CUVQ_CHECK_CUDA(cudaGetLastError());
         });
-        s.out.write(state, r, driver.us < kernel.us ? driver : kernel, {0, 2 * bytes});
+        s.out.write(state, r, vectors == 0 || driver.us < kernel.us ? driver : kernel, {0, 2 * bytes});
     });
     add(s, {"floor", "read_x", type, shape, ""}, [&s, bytes, vectors, blocks](benchmark::State& state, const row& r) {
         const auto& p = s.get<X>(r.shape).data;

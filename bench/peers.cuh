@@ -551,7 +551,7 @@ static __global__ void read_all(const uint4* data, std::int64_t size, unsigned* 
     if (bits == 0x9E3779B9u) *out = bits;
 }
 
-static __global__ void copy_all(const uint4* from, uint4* to, std::int64_t size) {
+static __global__ void copy_all(const uint4* __restrict__ from, uint4* __restrict__ to, std::int64_t size) {
 #pragma unroll 4
     for (std::int64_t e = loop_first(); e < size; e += loop_step()) to[e] = from[e];
 }

@@ -697,7 +697,7 @@ TYPED_TEST(TrainStepTypes, TwentyRunsAreBitwiseEqual) {
         {9000, 500, 20, 900},    // many rows: sorted first
         {9000, 300, 200, 900},   // then summed in two slices
         {8500, 200, 300, 850},   // in three
-        {40000, 300, 64, 400},   // the search counts for the sort
+        {40000, 1000, 64, 400},  // the search counts for the sort
         {9000, 3000, 24, 40},    // rows left open, so few that several blocks share each
         {9000, 3000, 24, 9000},  // more than several blocks share
     };

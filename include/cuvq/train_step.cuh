@@ -73,9 +73,9 @@ struct train_scratch {
 }  // namespace detail
 
 /// Bytes of workspace that `train_step` takes for this shape and these params: as many as `quantize` (without `stats`
-/// or a prepared codebook) or `ema_update`, whichever takes more, to within 1 KB (of D > 128 and K up to 2048, 8 less
-/// per row than `ema_update`, which has to look for rows that are not finite); plus 4 bytes per row where K is 256 or
-/// 65536; plus 257 KB with `params.stats`. Where that leaves room below 24 bytes per row and four copies of the
+/// or a prepared codebook) or `ema_update`, whichever takes more, to within 1 KB, where of the latter's a list of rows
+/// that are finite does not count (8 bytes per row, of D > 128 and K up to 2048); plus 4 bytes per row where K is 256
+/// or 65536; plus 257 KB with `params.stats`. Where that leaves room below 24 bytes per row and four copies of the
 /// codebook, some of it, in which the search counts for the update.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t train_step_workspace_bytes(const shape& s, const train_params& params = {}) {

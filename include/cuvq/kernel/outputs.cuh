@@ -100,10 +100,10 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
     const std::int64_t columns = a.x.columns;
     const bool aligned = columns % 4 == 0 && has_aligned_rows(a.x) && has_aligned_rows(a.codebook) &&
                          (!a.quantized || has_aligned_rows(a.quantized));
-    int lanes = 32;  // that share a row, four columns at a time
-    while (lanes > 1 && 2 * lanes >= columns) lanes /= 2;
+    int bits = 5;  // log2 of the lanes that share a row, four columns at a time
+    while (bits > 0 && 2 << bits >= columns) --bits;
     constexpr int batch = 4;  // rows in flight
-    const int rows = 32 / lanes, start = lane / lanes, column = 4 * (lane % lanes);
+    const int lanes = 1 << bits, rows = 32 >> bits, start = lane >> bits, column = 4 * (lane & (lanes - 1));
     const float nan = __int_as_float(0x7FC00000);
     // The distance of row r, whose sum of squares lane `owner` of its lanes has. Whole warp.
     const auto put_distance = [&](int r, float sum, bool owner) {
@@ -196,8 +196,8 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
 #pragma unroll
         for (int b = 0; b < batch; ++b) sum[b] = (sums[b][0] + sums[b][1]) + (sums[b][2] + sums[b][3]);
         if (lanes >= batch) {  // a row for each quarter of the lanes
-            const int quarter = lanes / batch, b = lane % lanes / quarter;
-            put_distance(base + b * rows + start, sum_quarters(sum, lanes), lane % quarter == 0);
+            const int b = (lane & (lanes - 1)) >> (bits - 2);
+            put_distance(base + b * rows + start, sum_quarters(sum, lanes), (lane & (lanes / batch - 1)) == 0);
         } else {
 #pragma unroll
             for (int b = 0; b < batch; ++b) {
@@ -240,14 +240,21 @@ __global__ __launch_bounds__(outputs_threads) void write_outputs(const __grid_co
     arch::wait_for_predecessor();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t warp = (std::int64_t{blockIdx.x} * outputs_threads + threadIdx.x) / 32;
-    const int rows = a.x.columns <= 16 ? 32 : 8;  // of a warp at a time: several lanes share a wide one
+    // Of a warp at a time. Several lanes share a wide row: of few of these a warp takes less, so that all have some.
+    const int rows = a.x.columns <= 16 || a.x.rows >= 1 << 16 ? 32 : 8;
     const std::int64_t groups = (a.x.rows - 1) / rows + 1, warps = std::int64_t{gridDim.x} * (outputs_threads / 32);
     double loss = 0;
-    // Backwards: some of the last rows may still be in the cache.
-    for (std::int64_t group = groups - 1 - warp; group >= 0; group -= warps) {
+    const auto load = [&](std::int64_t group) {
+        const std::int64_t row = group * rows + lane;
+        return group >= 0 && lane < rows && row < a.x.rows ? a.codes.load(row) : -1;
+    };
+    // Backwards: some of the last rows may still be in the cache. Codes are read a group ahead.
+    std::int64_t group = groups - 1 - warp, next = load(group);
+    for (; group >= 0; group -= warps) {
         const std::int64_t first = group * rows;
         const int count = static_cast<int>(min(a.x.rows - first, std::int64_t{rows}));
-        std::int64_t code = lane < count ? a.codes.load(first + lane) : -1;
+        std::int64_t code = next;
+        next = load(group - warps);
         if (code >= a.codebook.rows) code = -1;  // an unsigned type's mark of a row without a code
         // Where that mark is a code as well, the rows themselves tell: neither has a row of x that is not finite a
         // code, nor is such a row of the codebook one.

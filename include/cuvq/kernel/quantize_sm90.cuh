@@ -389,6 +389,7 @@ __device__ void score_tiles(Filter& filter, std::uint32_t row_operand, std::uint
 /// (consumers - 1, 128).
 template <class Tile, class Filter>
 __device__ void gather_filters(Filter& filter, Filter* handed, int consumer) {
+    static_assert(!product_order<Tile>::keeps, "its barriers are the same ones");
     const int thread = static_cast<int>(threadIdx.x) % 128;
     if (consumer > 0) handed[(consumer - 1) * 128 + thread] = filter;
     __syncwarp();
@@ -428,13 +429,14 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
                 score_tiles<Tile, decltype(apart)::value>(filter, row_operand, code_operands, first, tiles, mask,
                                                           barriers, stage, order);
             };
-            if (shared::shares && decltype(filter)::many && together) {
-                score(std::integral_constant<int, Tile::consumers>(), consumer);
-                gather_filters<Tile>(filter, reinterpret_cast<decltype(filter)*>(codes + shared::handed), consumer);
-                if (consumer > 0) return;
-            } else {
-                score(std::integral_constant<int, 1>(), 0);
+            if constexpr (shared::shares && decltype(filter)::many) {
+                if (together) {
+                    score(std::integral_constant<int, Tile::consumers>(), consumer);
+                    gather_filters<Tile>(filter, reinterpret_cast<decltype(filter)*>(codes + shared::handed), consumer);
+                    if (consumer > 0) return;
+                }
             }
+            if (!together) score(std::integral_constant<int, 1>(), 0);
             arrive_each(barriers.rows_empty + at);
             wait(barriers.results_empty + put, (turn / shared::result_buffers & 1) ^ 1);
             filter.conclude(tiles, results[put], row0);
