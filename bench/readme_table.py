@@ -94,9 +94,9 @@ CHARTS = (
 
 
 # How far medians, and with them ratios, are to be trusted.
-NOISE = ("Rows of one run are timed one after another while the card's clocks move with its power and temperature, so "
-         "long rows (hundreds of µs) of the same work can differ by up to about 15 %, even with and without a prepared "
-         "codebook: ratios nearer to 1 than that decide nothing.")
+NOISE = ("The card rests before each row, since one that has drawn all the power it may for a while lowers its clocks; "
+         "even so, long rows (hundreds of µs) of the same work differ by up to about 3 %: ratios nearer to 1 than that "
+         "decide nothing.")
 
 
 def number(us):
@@ -162,7 +162,7 @@ def difference(a, b):
     """a - b; None if it is no more than what such rows vary by."""
     if a is None or b is None:
         return None
-    return a - b if abs(a - b) > (0.1 if b >= 100 else 0.02) * b else None
+    return a - b if abs(a - b) > (0.03 if b >= 100 else 0.02) * b else None
 
 
 def ratios_of(rows):
