@@ -46,7 +46,7 @@ inline const char* help_text() {
 usage: cuvq_bench [flags] [Google Benchmark's flags]
 
 What is timed
-  --shapes=SET[,SET]   named: seed, models, large, scaling (default: seed);
+  --shapes=SET[,SET]   named: small, models, large, scaling (default: small);
                        their sizes: add --benchmark_list_tests
   --shape=N,K,D        N vectors, K codes, D dimensions; may be given several
                        times, with or without --shapes
@@ -98,8 +98,8 @@ cuBLAS, in half precision, written out: a floor for anyone who materializes
 scores; cublas_one_hot: sums as a product with a one-hot matrix;
 cub_sort_reduce: sums by sorting and DeviceReduce::ReduceByKey, what CUB has by
 itself (a sort followed by a kernel written for it is faster: see flash_kmeans
-in peers.py); floor/copy_x and floor/read_x: one copy (by the driver or a kernel,
-whichever is faster), one read of the vectors.
+in peers.py); floor/copy_x and floor/read_x: one copy (by the driver or by a
+kernel, whichever is faster), one read of the vectors.
 ceiling/...: the card's copy and its half-precision product of 8192x8192x8192 in
 this run.
 
@@ -223,7 +223,7 @@ inline options parse(int count, char** arguments) {
 
         if (flag == "--shape") detail::add_shape(o.shapes, detail::shape_of(flag, value));
         if (flag == "--shapes")
-            for (const auto& set : detail::words(flag, value, {"seed", "models", "large", "scaling"}))
+            for (const auto& set : detail::words(flag, value, {"small", "models", "large", "scaling"}))
                 for (const auto& s : named_shapes)
                     if (s.set == set) detail::add_shape(o.shapes, s.shape);
         if (flag == "--cases") o.cases = detail::words(flag, value, options().cases);
@@ -243,7 +243,7 @@ inline options parse(int count, char** arguments) {
     }
     if (o.shapes.empty())
         for (const auto& s : named_shapes)
-            if (s.set == std::string("seed")) detail::add_shape(o.shapes, s.shape);
+            if (s.set == std::string("small")) detail::add_shape(o.shapes, s.shape);
     return o;
 }
 

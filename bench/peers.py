@@ -513,7 +513,7 @@ def parse(arguments):
     parser = Parser(prog="peers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     sets = sorted({s for s, _, _ in results.named_shapes()})
-    parser.add_argument("--shapes", metavar="SET[,SET]", default="", help=f"of {', '.join(sets)} (default: seed)")
+    parser.add_argument("--shapes", metavar="SET[,SET]", default="", help=f"of {', '.join(sets)} (default: small)")
     parser.add_argument("--shape", metavar="N,K,D", action="append", default=[], help="may be given repeatedly")
     parser.add_argument("--cases", metavar="CASE[,CASE]", default="quantize,accumulate,ema_update,train_step",
                         help="default: all four")
@@ -534,7 +534,7 @@ def parse(arguments):
         if len(parts) != 3 or not all(n.isdecimal() and int(n) >= 1 for n in parts):
             parser.error(f"--shape: got '{text}'; wants N,K,D: whole numbers from 1")
         shapes.append(tuple(int(n) for n in parts))
-    names = options.shapes.split(",") if options.shapes else [] if shapes else ["seed"]
+    names = options.shapes.split(",") if options.shapes else [] if shapes else ["small"]
     for name in names:
         if name not in sets:
             parser.error(f"--shapes: got '{name}'; wants {', '.join(sets)}")

@@ -137,7 +137,7 @@ def roofline(rows, out):
         return
     product, copy = ceilings[0], ceilings[1] * 1e-3  # TFLOP/s, TB/s
     shown = {OWN[0]: [], "flash_kmeans": [], "cublas_fp32_argmin": []}
-    shapes = dict.fromkeys(shape for s, _, shape in results.named_shapes() if s in ("seed", "models", "large"))
+    shapes = dict.fromkeys(shape for s, _, shape in results.named_shapes() if s in ("small", "models", "large"))
     for shape in shapes:
         n, k, d = shape
         flops, least = 2.0 * n * k * d, 4.0 * (n * d + k * d + n)
@@ -285,7 +285,7 @@ def main(arguments):
     except OSError as e:
         results.die(f"{out}: {e.strerror}")
     roofline(rows, out)
-    for set_name in ("seed", "models", "large"):
+    for set_name in ("small", "models", "large"):
         speedup(rows, set_name, out)
     scaling(rows, SCALING, quantize_row,
             [(0, {1: 1024, 2: 128}), (1, {0: 65536, 2: 128}), (2, {0: 65536, 1: 1024})],

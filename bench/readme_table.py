@@ -84,7 +84,7 @@ OWN = (
 OWN_UPDATE = tuple((f"{type_} {codes}", "ema_update", "cuvq", type_, codes)
                    for type_ in ("float", "half", "bfloat16") for codes in ("uniform", "zipf", "one"))
 CHARTS = (
-    ("speedup_seed.svg", "Time of others divided by cuvq's, small shapes"),
+    ("speedup_small.svg", "Time of others divided by cuvq's, small shapes"),
     ("speedup_large.svg", "Time of others divided by cuvq's, large shapes"),
     ("speedup_models.svg", "Time of others divided by cuvq's, shapes of models"),
     ("roofline.svg", "Roofline of quantize"),
@@ -95,8 +95,8 @@ CHARTS = (
 
 # How far medians, and with them ratios, are to be trusted.
 NOISE = ("The card rests before each row, since one that has drawn all the power it may for a while lowers its clocks; "
-         "even so, long rows (hundreds of µs) of the same work differ by up to about 3 %: ratios nearer to 1 than that "
-         "decide nothing.")
+         "even so, rows of the same work differ by up to about 3 %, some short train steps by 6 %, floors of 1 or 2 µs "
+         "by 14 %: ratios nearer to 1 than that decide nothing.")
 
 
 def number(us):
@@ -170,8 +170,8 @@ def ratios_of(rows):
     if rows.own_variant != "prepared":
         return ""
     return ("Of `quantize` the time with a prepared codebook, but for what quantized rows and distances add and for "
-            "`train_step`: there the codebook is prepared in each call. –: not measured, or a difference no larger than "
-            "what such rows vary by.\n")
+            "`train_step`: there the codebook is prepared in each call. Of the update nine tenths count, as much as a "
+            "step is meant to take of it. –: not measured, or a difference no larger than what such rows vary by.\n")
 
 
 def ratio_table(rows):
@@ -183,7 +183,7 @@ def ratio_table(rows):
                "`ema_update` ÷ one read of x")
     pytorch = [who for names, title in PYTORCH[:5] for who in names]
     lines = []
-    for text, shape in shown(rows, ("seed", "large", "models")):
+    for text, shape in shown(rows, ("small", "large", "models")):
         def us(test, type_, variant):
             return rows.us(test, "cuvq", shape, type_, variant)
 
@@ -268,29 +268,29 @@ def block(rows, directory, readme):
         return NO_RUN
     parts = [f"Medians in µs; {rows.run_text()}. `bench/run_gpu.sh` repeats the run; `cuvq_bench --help` says how each "
              f"row is taken. {NOISE}\n"]
-    quantize = quantize_table(rows, ("seed", "large"), QUANTIZE)
+    quantize = quantize_table(rows, ("small", "large"), QUANTIZE)
     if quantize:
         parts += ["`quantize`, float32, codes only. In parentheses: wrong codes among up to 4096 rows. " +
                   pytorch_forms(rows) + "\n", quantize]
     parts += folded("Shapes of models", quantize_table(rows, ("models",), QUANTIZE))
-    pytorch = quantize_table(rows, ("seed", "large", "models"), PYTORCH)
+    pytorch = quantize_table(rows, ("small", "large", "models"), PYTORCH)
     parts += folded("PyTorch, each way by itself",
                     "² The whole layer, host time included.\n" if "²" in pytorch else "", pytorch)
-    halves = row_table(rows, ("seed", "large", "models"), HALVES)
+    halves = row_table(rows, ("small", "large", "models"), HALVES)
     codebooks = "cuvq's codebook is float, of values that the vectors' type holds; cuBLAS takes both in that type.\n"
     parts += folded("Half and bfloat16 vectors, beside others", codebooks if halves else "", halves)
     update = update_table(rows)
     if update:
         parts += ["`ema_update`, float32, given codes. ¹ Counts and sums only, no update.\n", update]
     parts += folded("Counts and sums, float32, uniform codes, beside others",
-                    sums_table(rows, ("seed", "large", "models")))
-    parts += folded("`train_step`, float32, beside others", row_table(rows, ("seed", "large", "models"), TRAIN))
-    own = row_table(rows, ("seed", "large"), OWN)
+                    sums_table(rows, ("small", "large", "models")))
+    parts += folded("`train_step`, float32, beside others", row_table(rows, ("small", "large", "models"), TRAIN))
+    own = row_table(rows, ("small", "large"), OWN)
     if own:
         parts += ["cuvq alone: float32 vectors and codes only, except where said.\n", own]
     parts += folded("cuvq alone: shapes of models", row_table(rows, ("models",), OWN))
     parts += folded("cuvq alone: `ema_update` by type of the vectors and by codes",
-                    row_table(rows, ("seed", "large", "models"), OWN_UPDATE))
+                    row_table(rows, ("small", "large", "models"), OWN_UPDATE))
     parts += folded("cuvq's times divided by others, and by each other", ratios_of(rows), ratio_table(rows))
     if len(parts) == 1:  # rows of the CPU path at most
         return NO_RUN

@@ -95,12 +95,12 @@ measure() {
 }
 
 # Single precision, then the peers, and the other types with what is left. RecTokens alone takes minutes to tune itself.
-measure cuvq_float 140 --shapes=large,seed,models
+measure cuvq_float 140 --shapes=large,small,models
 measure cuvq_hard 20 --shapes=large --data=hard --cases=quantize --no-peers
 measure cuvq_scaling 60 --shapes=scaling --cases=quantize,ema_update --codes=uniform
-run peers $((total - 235)) "$python" "$root/bench/peers.py" --shapes=seed,large,models,scaling --time=0.05 \
+run peers $((total - 235)) "$python" "$root/bench/peers.py" --shapes=small,large,models,scaling --time=0.05 \
     --out="$out/peers.json" --context=commit="$commit" --context=driver="$driver"
-measure cuvq_half 140 --shapes=large,seed,models --types=half,bfloat16
+measure cuvq_half 140 --shapes=large,small,models --types=half,bfloat16
 "$python" "$root/bench/results.py" --ratios "$out" || failed=1
 echo "run_gpu.sh: $SECONDS s in all"
 

@@ -48,8 +48,8 @@ TEST(BenchOptions, WithoutFlagsTheSeedShapesInFloat) {
 TEST(BenchOptions, ShapesAddUpAndComeOnce) {
     EXPECT_EQ(texts(parsed({"--shape=7,5,3"}).shapes), strings{"7x5x3"});
     EXPECT_EQ(texts(parsed({"--shape=7,5,3", "--shape=8,5,3", "--shape=7,5,3"}).shapes), (strings{"7x5x3", "8x5x3"}));
-    const options o = parsed({"--shape=1024,1024,128", "--shapes=seed,scaling,seed"});
-    EXPECT_EQ(o.shapes.size(), 6u + 16u - 2u);  // two of the seed's are on the scaling chart too
+    const options o = parsed({"--shape=1024,1024,128", "--shapes=small,scaling,small"});
+    EXPECT_EQ(o.shapes.size(), 6u + 16u - 2u);  // two of the small ones are on the scaling chart too
     EXPECT_EQ(text(o.shapes[0]), "1024x1024x128");
 }
 
@@ -69,7 +69,7 @@ TEST(BenchOptions, ABadShapeGetsOneLine) {
 }
 
 TEST(BenchOptions, OtherMistakes) {
-    EXPECT_EQ(refusal("--shapes=seed,huge"), "--shapes: got 'huge'; wants seed, models, large, scaling");
+    EXPECT_EQ(refusal("--shapes=small,huge"), "--shapes: got 'huge'; wants small, models, large, scaling");
     EXPECT_EQ(refusal("--cases=encode"), "--cases: got 'encode'; wants quantize, accumulate, ema_update, train_step");
     EXPECT_EQ(refusal("--types=double"), "--types: got 'double'; wants float, half, bfloat16");
     EXPECT_EQ(refusal("--codes=one,"), "--codes: got ''; wants uniform, zipf, one");

@@ -69,7 +69,7 @@ class WithResults(unittest.TestCase):
 
 class ResultsTest(WithResults):
     def test_named_shapes_are_those_of_shapes_hpp(self):
-        self.assertEqual(results.shapes_of("seed"), [(256, 512, 64), (1024, 512, 64), (1024, 1024, 128),
+        self.assertEqual(results.shapes_of("small"), [(256, 512, 64), (1024, 512, 64), (1024, 1024, 128),
                                                      (4096, 512, 64), (4096, 1024, 128), (8192, 512, 64)])
         self.assertIn(("models", "Mimi, 8 frames", (8, 2048, 256)), results.named_shapes())
         table = (BENCH / "shapes.hpp").read_text()
@@ -212,7 +212,7 @@ class PeersTest(WithResults):
         for flag, says in (("--budget=-3", "argument --budget: got '-3'; wants seconds, above 0 and at most 1000000"),
                            ("--time=nan", "argument --time: got 'nan'; wants seconds, above 0 and at most 1000000"),
                            ("--shape=1,0,3", "--shape: got '1,0,3'; wants N,K,D: whole numbers from 1"),
-                           ("--shapes=huge", "--shapes: got 'huge'; wants large, models, scaling, seed"),
+                           ("--shapes=huge", "--shapes: got 'huge'; wants large, models, scaling, small"),
                            ("--hot", "unrecognized arguments: --hot")):
             self.assertEqual(self.silently(peers.parse, [flag]), (2, f"peers.py: {says}\n"))
 
@@ -233,7 +233,7 @@ class PeersTest(WithResults):
 
         torch = types.SimpleNamespace(cuda=types.SimpleNamespace(
             get_device_properties=lambda _: None, empty_cache=lambda: None, synchronize=lambda: None))
-        options = peers.parse(["--shapes=seed", "--peers=torch_cdist"])
+        options = peers.parse(["--shapes=small", "--peers=torch_cdist"])
         for number in (signal.SIGALRM, signal.SIGTERM):
             self.addCleanup(signal.signal, number, signal.getsignal(number))
         with mock.patch.object(peers, "measure", measure), \
@@ -244,13 +244,13 @@ class PeersTest(WithResults):
                          [None] * 2 + ["skipped: the run was ended by SIGTERM"] * 4)
 
     def test_the_dear_rows_come_last(self):
-        options = peers.parse(["--shapes=seed,large"])
+        options = peers.parse(["--shapes=small,large"])
         rows = [(p.test, p.who) for p, shape, _ in peers.planned(options.peers, options.shapes, options.scaling_only)]
         dear = [who == "rectokens" for _, who in rows]
         self.assertEqual(dear, sorted(dear))
 
     def test_what_charts_alone_want_of_the_dear_comes_after_all_named_shapes(self):
-        options = peers.parse(["--shapes=seed,large,models,scaling"])
+        options = peers.parse(["--shapes=small,large,models,scaling"])
         late = [shape in options.scaling_only
                 for p, shape, _ in peers.planned(options.peers, options.shapes, options.scaling_only)
                 if p.who == "rectokens" and math.prod(shape) <= peers.DEAR]
@@ -258,7 +258,7 @@ class PeersTest(WithResults):
         self.assertEqual(set(late), {False, True})
 
     def test_what_tunes_goes_shape_by_shape(self):
-        options = peers.parse(["--shapes=seed,models"])
+        options = peers.parse(["--shapes=small,models"])
         tuned = [(options.shapes.index(shape), p.test) for p, shape, _ in
                  peers.planned(options.peers, options.shapes, options.scaling_only)
                  if p.tunes and (not p.grows or math.prod(shape) <= peers.DEAR)]
@@ -266,7 +266,7 @@ class PeersTest(WithResults):
         self.assertEqual([test for at, test in tuned if at == 0], ["quantize", "train_step"])
 
     def test_shapes_come_once(self):
-        options = peers.parse(["--shape=1024,1024,128", "--shapes=seed,scaling"])
+        options = peers.parse(["--shape=1024,1024,128", "--shapes=small,scaling"])
         self.assertEqual(len(options.shapes), 6 + 16 - 2)
         self.assertNotIn((4096, 1024, 128), options.scaling_only)
         self.assertEqual((options.time, options.budget), (0.1, 1e6))
