@@ -179,7 +179,9 @@ class Results:
         for c in self.contexts:
             context.update(c)
         parts = [context.get("device", "unknown device")]
-        for key, text in (("driver", "driver"), ("cuda_runtime", "CUDA"), ("torch", "PyTorch"), ("commit", "commit")):
+        for key, text in (("driver", "driver"), ("cuda_runtime", "CUDA"), ("torch", "PyTorch"), ("triton", "Triton"),
+                          ("flash_kmeans", "flash-kmeans"), ("vector_quantize_pytorch", "vector-quantize-pytorch"),
+                          ("commit", "commit")):
             if context.get(key):
                 parts.append(f"{text} {context[key]}")
         if context.get("date"):
