@@ -41,8 +41,6 @@ DECAY = 0.9900000095367432  # 0.99 in float32, as a kernel takes it
 # Cycles for which the device waits before a sample, so that what the host takes to launch it is not timed: 25 to 50 us
 # at clocks of 2 to 1 GHz for a graph, 1 to 2 ms for launches one by one.
 LEAD, LONG_LEAD = 50000, 2000000
-# How long the device rests before the samples of a row, of the time that these take: as in cuvq_bench.
-RESTS = 1
 # N K D from which a kernel whose time grows with that is put behind all other rows: tuning it takes half a minute.
 DEAR = 2e11
 
@@ -180,7 +178,7 @@ def time_call(torch, call, sets, seconds, captured):
         reset()
         run()
         torch.cuda.synchronize()
-    time.sleep(RESTS * seconds)
+    time.sleep(seconds)  # as in cuvq_bench, lest the clocks be what the rows before left
     samples, total = [], 0.0
     while len(samples) < 3 or (total < seconds * 1e6 and len(samples) < 201):
         reset()

@@ -2,8 +2,8 @@
 //
 // How a GPU row is timed. Launches are captured in a graph, as many as take about a millisecond, so that the host's
 // launch latency is no part of the time; a sample is one replay between two events; the row is the median of the
-// samples. Before them the card rests, or what it is timed at would depend on the rows before: a card that has drawn
-// all the power it may for half a second lowers its clocks by a fifth.
+// samples. Before them the card rests as long, or what it is timed at would depend on the rows before: a card that has
+// drawn all the power it may for half a second lowers its clocks by a fifth.
 #pragma once
 
 #include <algorithm>
@@ -31,9 +31,6 @@ static __global__ void hold_the_stream(long long cycles) {
 /// How long: 25 to 50 us at clocks of 2 to 1 GHz. A host that needs longer to queue an event and a graph adds the rest
 /// to a sample of, mostly, a millisecond.
 inline constexpr long long lead_cycles = 50000;
-
-/// How long the card rests, of the time that samples take.
-inline constexpr double rests = 1;
 
 class stopwatch {
 public:
@@ -78,7 +75,7 @@ public:
         prepare();
         CUVQ_CHECK_CUDA(cudaGraphLaunch(g, stream_));
         wait();
-        std::this_thread::sleep_for(std::chrono::duration<double>(rests * seconds_));
+        std::this_thread::sleep_for(std::chrono::duration<double>(seconds_));
 
         std::vector<double> samples;
         double total = 0;

@@ -36,7 +36,7 @@ std::vector<std::string> texts(const std::vector<cuvq::shape>& shapes) {
 
 using strings = std::vector<std::string>;
 
-TEST(BenchOptions, WithoutFlagsTheSeedShapesInFloat) {
+TEST(BenchOptions, WithoutFlagsTheSmallShapesInFloat) {
     const options o = parsed({});
     EXPECT_EQ(texts(o.shapes),
               (strings{"256x512x64", "1024x512x64", "1024x1024x128", "4096x512x64", "4096x1024x128", "8192x512x64"}));

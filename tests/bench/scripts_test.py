@@ -70,7 +70,7 @@ class WithResults(unittest.TestCase):
 class ResultsTest(WithResults):
     def test_named_shapes_are_those_of_shapes_hpp(self):
         self.assertEqual(results.shapes_of("small"), [(256, 512, 64), (1024, 512, 64), (1024, 1024, 128),
-                                                     (4096, 512, 64), (4096, 1024, 128), (8192, 512, 64)])
+                                                      (4096, 512, 64), (4096, 1024, 128), (8192, 512, 64)])
         self.assertIn(("models", "Mimi, 8 frames", (8, 2048, 256)), results.named_shapes())
         table = (BENCH / "shapes.hpp").read_text()
         self.assertEqual(len(results.named_shapes()), table.count('    {"'))
