@@ -261,17 +261,19 @@ TYPED_TEST(QuantizeCodesSmall, EveryCodeTypeHoldsTheSameCodes) {
 }
 
 template <class Int>
-void expect_invalid_rows_told_by_distance() {
+void expect_invalid_rows_told_by_distance(std::int64_t n, std::int64_t d) {
     constexpr std::int64_t k = std::int64_t{1} << (8 * sizeof(Int));
     random_source random;
-    auto x = matrix<float>::generate(20, 1, [&](auto, auto) { return random.integer(0, k - 1); });
-    x(3, 0) = static_cast<float>(k - 1);
+    std::vector<std::int64_t> values(n);
+    for (auto& value : values) value = random.integer(0, k - 1);
+    values[3] = k - 1;
+    auto x = matrix<float>::generate(n, d, [&](auto i, auto) { return values[i]; });
     x(11, 0) = nan;
-    const auto got = search<Int>(x, matrix<float>::generate(k, 1, [](auto i, auto) { return i; }));
+    const auto got = search<Int>(x, matrix<float>::generate(k, d, [](auto i, auto) { return i; }));
     for (std::int64_t i = 0; i < x.rows; ++i) {
         if (i == 11) continue;
-        EXPECT_EQ(got.codes[i], static_cast<std::int64_t>(x.at(i, 0)));
-        EXPECT_EQ(got.distances[i], 0.0f);
+        ASSERT_EQ(got.codes[i], values[i]);
+        ASSERT_EQ(got.distances[i], 0.0f);
     }
     EXPECT_EQ(got.codes[11], k - 1);
     EXPECT_TRUE(std::isnan(got.distances[11]));
@@ -280,8 +282,9 @@ void expect_invalid_rows_told_by_distance() {
 }
 
 TEST_F(QuantizeSmall, WhereEveryValueIsACodeTheDistanceTellsInvalidRows) {
-    expect_invalid_rows_told_by_distance<std::uint8_t>();
-    expect_invalid_rows_told_by_distance<std::uint16_t>();
+    expect_invalid_rows_told_by_distance<std::uint8_t>(20, 1);
+    expect_invalid_rows_told_by_distance<std::uint16_t>(20, 1);
+    for (const std::int64_t d : {7, 8}) expect_invalid_rows_told_by_distance<std::uint8_t>(64 * processors() + 1, d);
 }
 
 // ---- shapes ---------------------------------------------------------------------------------------------------------
@@ -761,12 +764,10 @@ TEST_F(QuantizeSmall, ACodebookWithoutAFiniteRowMakesEveryRowInvalid) {
 
 // ---- outputs and workspace ------------------------------------------------------------------------------------------
 
-TEST_F(QuantizeSmall, EachOptionalOutputGivenAndDiscarded) {
-    random_source random;
-    auto x = random.normals<float>(75, 10);
-    x(5, 5) = nan;
-    const auto codebook = random.normals<float>(40, 10);
-    search_memory<float, float> memory(x, codebook);
+/// Outputs that are not asked for stay as they are, and change nothing of the others.
+template <class X, class C>
+void expect_optional_outputs(const matrix<X>& x, const matrix<C>& codebook) {
+    search_memory<X, C> memory(x, codebook);
     memory.run();
     const auto whole = memory.outcome();
     const auto run = [&](const auto& quantized, const auto& distances, bool reports) {
@@ -774,7 +775,7 @@ TEST_F(QuantizeSmall, EachOptionalOutputGivenAndDiscarded) {
         quantize_params params;
         params.stats = reports ? memory.stats.data() : nullptr;
         quantize(memory.x.view(), memory.codebook.view(), memory.codes.view(), quantized, distances, params);
-        EXPECT_EQ(signed_codes(memory.codes.download(), 40), whole.codes);
+        EXPECT_EQ(signed_codes(memory.codes.download(), codebook.rows), whole.codes);
         const bool wants_rows = !std::is_same_v<std::decay_t<decltype(quantized)>, discard_t>;
         const bool wants_distances = !std::is_same_v<std::decay_t<decltype(distances)>, discard_t>;
         if (wants_rows)
@@ -796,6 +797,13 @@ TEST_F(QuantizeSmall, EachOptionalOutputGivenAndDiscarded) {
         run(discard, memory.distances.view(), reports);
         run(memory.quantized.view(), memory.distances.view(), reports);
     }
+}
+
+TEST_F(QuantizeSmall, EachOptionalOutputGivenAndDiscarded) {
+    random_source random;
+    auto x = random.normals<float>(75, 10);
+    x(5, 5) = nan;
+    expect_optional_outputs(x, random.normals<float>(40, 10));
 }
 
 TEST_F(QuantizeSmall, AWorkspaceLentOrAllocatedGivesTheSame) {
@@ -1095,6 +1103,46 @@ TEST_F(QuantizeTest, WarpgroupsThatShareTheirLastRows) {
         memory.params.accuracy = accuracy::fast;
         memory.run();
         for (const auto code : memory.outcome().codes) ASSERT_LT(code, k / 2) << "not the first of two equal codes";
+    }
+}
+
+/// Of many rows, a kernel of its own writes quantized rows and distances, four columns at a time where it can, with as
+/// many lanes to a row as it has columns for; rows without a code and distances beyond float's reach are apart.
+template <class Elements>
+class QuantizeOutputsSmall : public gpu_test {};
+TYPED_TEST_SUITE(QuantizeOutputsSmall, element_pairs, type_names);
+
+TYPED_TEST(QuantizeOutputsSmall, ManyRowsOfAllKindsAndWidths) {
+    using X = typename TypeParam::x;
+    using C = typename TypeParam::codebook;
+    random_source random;
+    const std::int64_t n = 64 * processors() + 41, k = 130;
+    for (const std::int64_t d : {3, 4, 8, 12, 16, 20, 32, 36, 64, 68, 128, 132, 260}) {
+        auto x = random.normals<X>(n, d);
+        const auto codebook = random.normals<C>(k, d);
+        const std::int64_t last = n - 1;
+        for (const std::int64_t i : {std::int64_t{0}, n / 3, n / 3 + 1, last - 40, last}) x(i, i % d) = X(nan);
+        x(n / 2, 0) = X(-inf);
+        for (std::int64_t i = 5; i < n; i += 97)  // equal to a code
+            for (std::int64_t c = 0; c < d; ++c) x(i, c) = static_cast<X>(static_cast<float>(codebook.at(i % k, c)));
+        for (const row_layout layout : {row_layout{}, awkward}) expect_right(x, codebook, search(x, codebook, layout));
+        expect_optional_outputs(x, codebook);
+        if constexpr (sizeof(X) == 4) {  // squares that float has no room for
+            for (std::int64_t i = 1; i < n; i += 53)
+                for (std::int64_t c = 0; c < d; ++c) x(i, c) *= i % 2 ? 1e25f : 1e12f;
+            expect_right(x, codebook, search(x, codebook));
+        }
+    }
+}
+
+TEST_F(QuantizeTest, OutputsOfSoManyRowsThatAWarpTakesMore) {
+    random_source random;
+    const std::int64_t n = (1 << 17) + 77;
+    for (const std::int64_t d : {7, 8, 24, 64, 96}) {
+        auto x = random.normals<float>(n, d);
+        x(n - 1, 2) = x(n - 33, 0) = nan;
+        const auto codebook = random.normals<float>(20, d);
+        expect_right(x, codebook, search(x, codebook));
     }
 }
 

@@ -85,7 +85,7 @@ inline constexpr int exact_lanes = 8;
 
 /// Whether four elements at a time can be loaded from `p`.
 template <class T>
-__device__ bool is_aligned4(const T* p) {
+CUVQ_HOST_DEVICE bool is_aligned4(const T* p) {
     return reinterpret_cast<std::uintptr_t>(p) % (4 * sizeof(T)) == 0;
 }
 

@@ -22,6 +22,7 @@
 #include <cuvq/kernel/quantize_sm90_few.cuh>
 #include <cuvq/kernel/row_chunks.cuh>
 #include <cuvq/kernel/settle.cuh>
+#include <cuvq/kernel/write_outputs.cuh>
 
 namespace cuvq::dispatch {
 
@@ -222,6 +223,25 @@ std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const ke
     return blocks * kernel::few_warps;
 }
 
+/// Quantized rows and distances of more than 32 rows whose codes are there. Returns how many partial losses that
+/// leaves.
+template <class X, class C>
+std::int64_t write_outputs(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally, int processors,
+                           cudaStream_t stream) {
+    const auto kernel = [&] {
+        const std::int64_t columns = args.x.columns;
+        if (!kernel::has_vector_rows(args)) return kernel::write_outputs<-1, X, C>;
+        if (columns <= 8) return kernel::write_outputs<1, X, C>;
+        if (columns <= 16) return kernel::write_outputs<2, X, C>;
+        if (columns <= 32) return kernel::write_outputs<3, X, C>;
+        return columns <= 64 ? kernel::write_outputs<4, X, C> : kernel::write_outputs<5, X, C>;
+    }();
+    const unsigned blocks = detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, processors * 6);
+    detail::launch_dependent(kernel, blocks, kernel::outputs_threads, stream, 0, 1, args, tally,
+                             output_rows(args.x.rows, args.x.columns));
+    return std::int64_t{blocks} * (kernel::outputs_threads / 32);
+}
+
 /// Many rows: the pipeline, the rows that it left open, and where they are asked for, quantized rows and distances.
 template <class Tile, class X, class C>
 std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const kernel::search_tally& wanted,
@@ -240,11 +260,7 @@ std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const k
     detail::launch_dependent(kernel::settle_rows<X, C>, static_cast<unsigned>(processors * kernel::settle_blocks),
                              kernel::settle_threads, stream, 0, 1, args, tally, scratch.open, static_cast<int>(blocks),
                              static_cast<int>(turns));
-    if (!kernel::wants_rows(args, tally)) return 0;
-    const unsigned output_blocks = detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, processors * 8);
-    detail::launch_dependent(kernel::write_outputs<X, C>, output_blocks, kernel::outputs_threads, stream, 0, 1, args,
-                             tally);
-    return std::int64_t{output_blocks} * (kernel::outputs_threads / 32);
+    return kernel::wants_rows(args, tally) ? write_outputs(args, tally, processors, stream) : 0;
 }
 
 /// Whether a search on Hopper's own tensor cores with this tile serves this device and build, and K and D: its operands

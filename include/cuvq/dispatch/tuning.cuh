@@ -56,6 +56,12 @@ constexpr int few_room(long long cluster, int processors) {
 /// of the codes, so there are as many as find room at once on a large card.
 inline constexpr int prepare_blocks = 264;
 
+/// `kernel/write_outputs.cuh`: rows of a warp at a time, at most 32, and as many as it has in flight where 32 / d of
+/// them go side by side. Of few wide rows it takes less, so that all warps have some.
+constexpr int output_rows(long long rows, long long dimensions) {
+    return rows >= 1 << 17 || dimensions <= 16 ? 32 : dimensions <= 32 ? 16 : 8;
+}
+
 /// `device/nearest_mma.cuh`: a block finds the nearest codes of `rows` rows (64 or 128), `codes` codes (128 or 256) and
 /// 64 columns at a time, with `stages` such slabs of the codebook's image in its shared memory. The rows' fp16 stays
 /// there as a whole, or if `streamed`, is made again for every `codes` codes. The library's own kernel has registers

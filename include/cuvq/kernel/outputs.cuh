@@ -41,7 +41,7 @@ __device__ void store4(T* to, const float4& v) {
 }
 
 template <class T>
-__device__ bool has_aligned_rows(const matrix_ref<T>& m) {
+CUVQ_HOST_DEVICE bool has_aligned_rows(const matrix_ref<T>& m) {
     return device::is_aligned4(m.data) && m.stride % 4 == 0;
 }
 
@@ -72,19 +72,21 @@ __device__ void write_codes(const detail::quantize_args<X, C>& a, const search_t
     if (lane < count && code != row_left_open) write_code(a, tally, first + lane * step, code);
 }
 
-/// Sums of four values over `lanes` lanes each, at least four: those of `v[i]` in the i-th quarter of the lanes.
-__device__ inline float sum_quarters(const float (&v)[4], int lanes) {
+/// Sums of `Count` values over `lanes` lanes, at least so many: lane l of these has the one of v[l * Count / lanes].
+template <int Count>
+__device__ float sum_shares(float (&v)[Count], int lanes) {
     constexpr unsigned all = 0xFFFFFFFFu;
-    const int lane = static_cast<int>(threadIdx.x);
-    int step = lanes / 2;
-    const bool high = lane & step;
-    const float even = (high ? v[2] : v[0]) + __shfl_xor_sync(all, high ? v[0] : v[2], step);
-    const float odd = (high ? v[3] : v[1]) + __shfl_xor_sync(all, high ? v[1] : v[3], step);
-    step /= 2;
-    const bool second = lane & step;
-    float sum = (second ? odd : even) + __shfl_xor_sync(all, second ? even : odd, step);
-    while ((step /= 2) > 0) sum += __shfl_xor_sync(all, sum, step);
-    return sum;
+    int step = lanes;
+#pragma unroll
+    for (int half = Count / 2; half > 0; half /= 2) {
+        step /= 2;
+        const bool high = static_cast<int>(threadIdx.x) & step;
+#pragma unroll
+        for (int i = 0; i < half; ++i)
+            v[i] = (high ? v[i + half] : v[i]) + __shfl_xor_sync(all, high ? v[i] : v[i + half], step);
+    }
+    while ((step /= 2) > 0) v[0] += __shfl_xor_sync(all, v[0], step);
+    return v[0];
 }
 
 /// Quantized rows and distances of `count` <= 32 rows first, first + step, ... by a warp; lane r holds the code of the
@@ -197,7 +199,7 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
         for (int b = 0; b < batch; ++b) sum[b] = (sums[b][0] + sums[b][1]) + (sums[b][2] + sums[b][3]);
         if (lanes >= batch) {  // a row for each quarter of the lanes
             const int b = (lane & (lanes - 1)) >> (bits - 2);
-            put_distance(base + b * rows + start, sum_quarters(sum, lanes), (lane & (lanes / batch - 1)) == 0);
+            put_distance(base + b * rows + start, sum_shares(sum, lanes), (lane & (lanes / batch - 1)) == 0);
         } else {
 #pragma unroll
             for (int b = 0; b < batch; ++b) {
@@ -231,44 +233,7 @@ __device__ inline void write_loss(double* to, double loss) {
     if (threadIdx.x % 32 == 0) *to = loss;
 }
 
+/// Threads of a block of the kernels that write outputs of rows whose codes are there.
 inline constexpr int outputs_threads = 256;
-
-/// Quantized rows and distances, from codes that are there already. Leaves a partial loss per warp.
-template <class X, class C>
-__global__ __launch_bounds__(outputs_threads) void write_outputs(const __grid_constant__ detail::quantize_args<X, C> a,
-                                                                 const __grid_constant__ search_tally tally) {
-    arch::wait_for_predecessor();
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const std::int64_t warp = (std::int64_t{blockIdx.x} * outputs_threads + threadIdx.x) / 32;
-    // Of a warp at a time. Several lanes share a wide row: of few of these a warp takes less, so that all have some.
-    const int rows = a.x.columns <= 16 || a.x.rows >= 1 << 16 ? 32 : 8;
-    const std::int64_t groups = (a.x.rows - 1) / rows + 1, warps = std::int64_t{gridDim.x} * (outputs_threads / 32);
-    double loss = 0;
-    const auto load = [&](std::int64_t group) {
-        const std::int64_t row = group * rows + lane;
-        return group >= 0 && lane < rows && row < a.x.rows ? a.codes.load(row) : -1;
-    };
-    // Backwards: some of the last rows may still be in the cache. Codes are read a group ahead.
-    std::int64_t group = groups - 1 - warp, next = load(group);
-    for (; group >= 0; group -= warps) {
-        const std::int64_t first = group * rows;
-        const int count = static_cast<int>(min(a.x.rows - first, std::int64_t{rows}));
-        std::int64_t code = next;
-        next = load(group - warps);
-        if (code >= a.codebook.rows) code = -1;  // an unsigned type's mark of a row without a code
-        // Where that mark is a code as well, the rows themselves tell: neither has a row of x that is not finite a
-        // code, nor is such a row of the codebook one.
-        for (unsigned doubtful = __ballot_sync(0xFFFFFFFFu, a.codes.is_mark(code)); doubtful != 0;
-             doubtful &= doubtful - 1) {
-            const int r = __ffs(doubtful) - 1;
-            const std::int64_t k = __shfl_sync(0xFFFFFFFFu, code, r);
-            const bool sound = device::is_row_finite(a.x.row(first + r), a.x.columns) &&
-                               device::is_row_finite(a.codebook.row(k), a.x.columns);
-            if (lane == r && !sound) code = -1;
-        }
-        write_rows(a, tally, first, 1, count, code, loss);
-    }
-    if (tally.loss) write_loss(tally.loss + warp, loss);
-}
 
 }  // namespace cuvq::kernel

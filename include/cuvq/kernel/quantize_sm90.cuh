@@ -308,7 +308,7 @@ struct turn_rounds {
     int rounds, width;  // without the shared turn
 
     __device__ turn_rounds(int turns, int tiles)
-        : last_shared(sm90_shared<Tile>::shares && tiles > tagged_tiles && turns % Tile::consumers == 1),
+        : last_shared(sm90_shared<Tile>::shares && has_many(tiles) && turns % Tile::consumers == 1),
           rounds((turns - 1) / Tile::consumers + !last_shared),
           width(last_shared ? Tile::consumers : (turns - 1) / rounds + 1) {}
 };
@@ -443,7 +443,7 @@ __device__ void consume(char* codes, char* rows, const float* errors, row_result
             arrive_each(barriers.results_full + put);
         };
         const float error0 = errors[at * row_results::rows + row0], error1 = errors[at * row_results::rows + row0 + 8];
-        const bool many = tiles > tagged_tiles;
+        const bool many = has_many(tiles);  // as it is where a turn is shared
         if (exact && many)
             filter_by(exact_filter<true>(error0, error1));
         else if (exact)

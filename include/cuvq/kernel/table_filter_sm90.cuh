@@ -185,6 +185,9 @@ inline constexpr int group_tag_bits = 7, group_tag_mask = ~((1 << group_tag_bits
 inline constexpr int tagged_tiles = 1 << group_tag_bits >> 2;
 static_assert(score_table::groups == 4);
 
+/// Whether a codebook has more tiles than a tag tells apart: then filters are those of `Many`.
+CUVQ_HOST_DEVICE constexpr bool has_many(int tiles) { return tiles > tagged_tiles; }
+
 #if CUVQ_HAS_WGMMA
 
 /// The largest of each group of a tile, as integers: (2 rows, groups).
@@ -247,8 +250,8 @@ struct column_tops {
     }
 };
 
-/// The best groups that a thread has seen of a row, and the best of all others. `Many`: more tiles than a tag tells
-/// apart.
+/// The best groups that a thread has seen of a row, and the best of all others. `Many`: of a codebook that `has_many`
+/// tiles.
 template <bool Many>
 struct group_leaders {
     static constexpr int kept = 3;
@@ -302,8 +305,8 @@ private:
     }
 };
 
-/// What a thread keeps of its two rows, with their error bounds, to find the codes that could win. `Many`: of a
-/// codebook of more than `tagged_tiles` tiles, most of which hold nothing that could still win.
+/// What a thread keeps of its two rows, with their error bounds, to find the codes that could win. `Many`: most tiles
+/// hold nothing that could still win.
 template <bool Many>
 class exact_filter {
 public:
