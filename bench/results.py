@@ -4,11 +4,14 @@
 
 usage: results.py FILE.json...      cuts files that cuvq_bench wrote to what is read of them, in place: no name of the
                                     machine, no paths, one row to a line
+       results.py --median OUT FILE.json...   leaves, as OUT, of several runs the one that took cuvq neither the least
+                                    time nor the most, on the geometric mean; the files are gone
        results.py --ratios DIRECTORY   gives the rows of cuvq in the files of one run the counters vs_PEER for those
                                     peers that peers.py timed, and those peers' rows GB/s and of_ceiling
 """
 
 import json
+import math
 import pathlib
 import re
 import sys
@@ -186,6 +189,8 @@ class Results:
                 parts.append(f"{text} {context[key]}")
         if context.get("date"):
             parts.append(context["date"][:10])
+        if context.get("runs"):
+            parts.append(f"the median of {context['runs'].split(',')[0]} runs")
         return ", ".join(parts)
 
 
@@ -252,6 +257,26 @@ def add_ratios(directory):
         write(path, content["context"], content["benchmarks"])
 
 
+def keep_median(out, paths):
+    """Of runs of the same rows, the one in the middle; of an even number, the faster of the two there."""
+    times = []
+    for path in paths:
+        rows = map(parse_row, load(path)["benchmarks"])
+        times.append({row.key: row.us for row in rows if row.who == "cuvq" and row.us})
+    shared = set.intersection(*map(set, times))
+    if not shared:
+        die(f"{' '.join(paths)}: no row of cuvq is in all of them")
+    order = sorted(range(len(paths)), key=lambda i: sum(math.log(times[i][key]) for key in shared))
+    kept = paths[order[(len(paths) - 1) // 2]]
+    content = load(kept)
+    if len(paths) > 1:
+        content["context"]["runs"] = f"{len(paths)}, of which this is the median"
+    write(out, content["context"], content["benchmarks"])
+    for path in paths:
+        if not pathlib.Path(path).samefile(out):
+            pathlib.Path(path).unlink()
+
+
 def rounded(value):
     return float(f"{value:.5g}") if isinstance(value, float) and value == value else value
 
@@ -283,6 +308,9 @@ def write(path, context, entries):
 def main(arguments):
     if len(arguments) == 2 and arguments[0] == "--ratios":
         add_ratios(arguments[1])
+        return 0
+    if len(arguments) > 2 and arguments[0] == "--median":
+        keep_median(arguments[1], arguments[2:])
         return 0
     if not arguments or any(a.startswith("-") for a in arguments):
         print(__doc__.strip())

@@ -7,9 +7,10 @@
 #
 # usage: bench/run_gpu.sh [build-dir [output-dir]]     (default: build/bench, bench/results)
 #
-# Environment: BUDGET is the number of seconds (default: 570, so that all ends before 590); CUVQ_COMMIT names the commit
-# where git cannot; PYTHON is the interpreter that has PyTorch (default: python3). Peers in Python take part as far as
-# they are installed: PyTorch, flash-kmeans, vector-quantize-pytorch, and RecTokens on PYTHONPATH.
+# Environment: BUDGET is the number of seconds (default: 570, so that all ends before 590); RUNS is how often single
+# precision is measured, of which the median run is kept (default: 1, at most 3); CUVQ_COMMIT names the commit where git
+# cannot; PYTHON is the interpreter that has PyTorch (default: python3). Peers in Python take part as far as they are
+# installed: PyTorch, flash-kmeans, vector-quantize-pytorch, and RecTokens on PYTHONPATH.
 set -euo pipefail
 
 case ${1:-} in
@@ -29,6 +30,15 @@ total=${BUDGET:-570} # seconds in which rows may start; a step that overruns is 
 case $total in
 '' | *[!0-9]*)
     echo "run_gpu.sh: BUDGET: got $total; wants a whole number of seconds" >&2
+    exit 2
+    ;;
+esac
+
+runs=${RUNS:-1}
+case $runs in
+[123]) ;;
+*)
+    echo "run_gpu.sh: RUNS: got $runs; wants 1, 2 or 3" >&2
     exit 2
     ;;
 esac
@@ -95,10 +105,13 @@ measure() {
 }
 
 # Single precision, then the peers, and the other types with what is left. RecTokens alone takes minutes to tune itself.
-measure cuvq_float 140 --shapes=large,small,models
+for ((i = 1; i <= runs; ++i)); do measure "cuvq_float$i" 140 --shapes=large,small,models; done
+if compgen -G "$out/cuvq_float?.json" >/dev/null; then
+    "$python" "$root/bench/results.py" --median "$out/cuvq_float.json" "$out"/cuvq_float?.json || failed=1
+fi
 measure cuvq_hard 20 --shapes=large --data=hard --cases=quantize --no-peers
 measure cuvq_scaling 60 --shapes=scaling --cases=quantize,ema_update --codes=uniform
-run peers $((total - 235)) "$python" "$root/bench/peers.py" --shapes=small,large,models,scaling --time=0.05 \
+run peers $((total - 155 - 80 * runs)) "$python" "$root/bench/peers.py" --shapes=small,large,models,scaling --time=0.05 \
     --out="$out/peers.json" --context=commit="$commit" --context=driver="$driver"
 measure cuvq_half 140 --shapes=large,small,models --types=half,bfloat16
 "$python" "$root/bench/results.py" --ratios "$out" || failed=1

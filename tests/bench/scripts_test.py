@@ -99,6 +99,19 @@ class ResultsTest(WithResults):
             results.write(self.directory / f"{file}.json", {}, [entry])
         self.assertEqual(results.quantize_us(results.Results(self.directory), "rectokens", (65536, 1024, 128)), 7.0)
 
+    def test_of_several_runs_the_median_is_kept(self):
+        runs = self.directory / "runs"
+        runs.mkdir()
+        files = [runs / f"{name}.json" for name in "abc"]
+        for file, fast, slow in zip(files, (3.0, 1.0, 2.0), (90.0, 300.0, 100.0)):  # by geometric means c, a, b
+            results.write(file, {}, [row("quantize/cuvq/float/8x2x4/codes", fast),
+                                     row("quantize/cuvq/float/9x2x4/codes", slow)])
+        results.main(["--median", str(runs / "kept.json"), *map(str, files)])
+        self.assertEqual([p.name for p in runs.iterdir()], ["kept.json"])
+        kept = results.Results(runs)
+        self.assertEqual(kept.us("quantize", "cuvq", (8, 2, 4), variant="codes"), 3.0)
+        self.assertIn("the median of 3 runs", kept.run_text())
+
     def test_aggregates_of_repetitions_are_no_rows(self):
         path = self.directory / "a.json"
         path.write_text(json.dumps({"context": {}, "benchmarks": [
