@@ -1,9 +1,11 @@
-// A kernel of your own around cuvq's device functions: scale each vector, find its nearest code and add it to that
-// code's sum, in one launch. `nearest` is block-level, `accumulate_row` a thread's share of one row.
+// Kernels of your own around cuvq's device functions. One, for any GPU, scales each vector, finds its nearest code and
+// adds it to that code's sum, in one launch: `nearest` is block-level, `accumulate_row` a thread's share of one row.
+// The other, from sm_80 on, finds codes on the tensor cores, in a codebook that was prepared.
 #include <cstdio>
 #include <vector>
 
 #include <thrust/device_vector.h>
+#include <thrust/fill.h>
 #include <thrust/host_vector.h>
 #include <cuvq/cuvq.cuh>
 
@@ -36,6 +38,23 @@ __global__ void scale_and_sum(cuvq::matrix_ref<const float> x, cuvq::matrix_ref<
     }
 }
 
+using tensor_tile = cuvq::mma_few;
+
+/// The codes of up to tensor_tile::rows vectors for each block.
+__global__ __launch_bounds__(tensor_tile::threads) void search_on_tensor_cores(cuvq::matrix_ref<const float> x,
+                                                                               cuvq::matrix_ref<const float> codebook,
+                                                                               cuvq::device::image_ref image,
+                                                                               int* codes) {
+    extern __shared__ __align__(128) char memory[];
+    __shared__ std::int64_t nearest[tensor_tile::rows];
+    const std::int64_t first = std::int64_t{blockIdx.x} * tensor_tile::rows, left = x.rows - first;
+    const cuvq::matrix_ref<const float> rows{x.row(first), left < tensor_tile::rows ? left : tensor_tile::rows,
+                                             x.columns, x.stride};
+    cuvq::device::nearest<tensor_tile>(cuvq::device::nearest_storage<tensor_tile>{memory}, rows, codebook, image,
+                                       nearest);
+    for (int r = threadIdx.x; r < rows.rows; r += tensor_tile::threads) codes[first + r] = static_cast<int>(nearest[r]);
+}
+
 int main() try {
     const int N = 1000;
     std::vector<float> host(N * D), book(K * D);
@@ -59,9 +78,30 @@ int main() try {
     double all = 0, want = 0;
     for (const float s : thrust::host_vector<float>(sums)) all += s;
     for (const float v : host) want += v;
-    const bool same = thrust::host_vector<int>(codes) == expected;
+    bool same = thrust::host_vector<int>(codes) == expected;
     std::printf("codes %s the CPU's; sum of all codes %.3f, of all vectors %.3f\n", same ? "equal" : "differ from", all,
                 want);
+
+    int device = 0, major = 0;
+    CUVQ_CHECK_CUDA(cudaGetDevice(&device));
+    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    if (major >= 8) {
+        x = host;  // scaled by now
+        thrust::device_vector<char> memory(cuvq::prepared_codebook_bytes(K, D));
+        const cuvq::prepared_codebook prepared{memory.data().get(), memory.size()};
+        cuvq::prepare(cuvq::matrix_view<const float, D>(codebook.data().get(), K), prepared);
+        const auto bytes = static_cast<int>(cuvq::device::nearest_storage<tensor_tile>::bytes(D));
+        CUVQ_CHECK_CUDA(
+            cudaFuncSetAttribute(search_on_tensor_cores, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        thrust::fill(codes.begin(), codes.end(), -1);
+        search_on_tensor_cores<<<(N - 1) / tensor_tile::rows + 1, tensor_tile::threads, bytes>>>(
+            {x.data().get(), N, D, D}, {codebook.data().get(), K, D, D}, cuvq::image_of(prepared, K, D),
+            codes.data().get());
+        CUVQ_CHECK_CUDA(cudaGetLastError());
+        const bool same_again = thrust::host_vector<int>(codes) == expected;
+        std::printf("codes from the tensor cores %s the CPU's\n", same_again ? "equal" : "differ from");
+        same = same && same_again;
+    }
     return same ? 0 : 1;
 } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());

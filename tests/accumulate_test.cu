@@ -570,6 +570,21 @@ TEST_F(AccumulateSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
 
 // ---- determinism ----------------------------------------------------------------------------------------------------
 
+/// Twenty accumulations of a batch.
+void expect_equal_runs(const matrix<float>& x, const codes_t& codes, std::int64_t k,
+                       const std::vector<float>& weights) {
+    SCOPED_TRACE(testing::Message() << x.rows << " rows, " << k << " codes, " << x.columns << " columns");
+    accumulate_memory<float> memory(x, codes, k, weights);
+    const device_workspace ws(accumulate_workspace_bytes(memory.size, memory.params));
+    memory.run(ws.lent());
+    const auto first = memory.outcome();
+    for (int run = 1; run < 20; ++run) {
+        memory.poison_outputs();
+        memory.run(ws.lent());
+        ASSERT_TRUE(same(memory.outcome(), first)) << "run " << run;
+    }
+}
+
 TEST_F(AccumulateTest, TwentyRunsAreBitwiseEqual) {
     random_source random;
     for (const std::int64_t n : {3000, 30000, 300000}) {
@@ -578,17 +593,33 @@ TEST_F(AccumulateTest, TwentyRunsAreBitwiseEqual) {
         codes_t zipf;
         for (std::int64_t i = 0; i < n; ++i)
             zipf.push_back(std::min<std::int64_t>(128, 1000000 / random.integer(1, 1000000) - 1));
-        for (const auto& codes : {random_codes(random, n, -3, 130), zipf, codes_t(static_cast<std::size_t>(n), 5)}) {
-            accumulate_memory<float> memory(x, codes, 128, weights);
-            const device_workspace ws(accumulate_workspace_bytes(memory.size, memory.params));
-            memory.run(ws.lent());
-            const auto first = memory.outcome();
-            for (int run = 1; run < 20; ++run) {
-                memory.poison_outputs();
-                memory.run(ws.lent());
-                ASSERT_TRUE(same(memory.outcome(), first)) << n << " rows, run " << run;
-            }
-        }
+        for (const auto& codes : {random_codes(random, n, -3, 130), zipf, codes_t(static_cast<std::size_t>(n), 5)})
+            expect_equal_runs(x, codes, 128, weights);
+    }
+}
+
+TEST_F(AccumulateTest, TwentyRunsOfEveryKindOfShapeAreBitwiseEqual) {
+    random_source random;
+    const struct {
+        std::int64_t n, k, d;
+    } cases[] = {
+        {8192, 1000, 40},   // few rows: gathered, by blocks of several codes
+        {3000, 300, 200},   // in two slices of columns
+        {2000, 20, 1024},   // in eight
+        {30000, 300, 3},    // many rows: sorted; several to a warp
+        {9000, 300, 128},   // wide ones
+        {9000, 300, 300},   // in three slices: rows are checked first
+        {9000, 2048, 16},   // one digit of many bins
+        {9000, 3000, 16},   // two digits
+        {9000, 2100, 130},  // and two slices
+        {9000, 1, 20},      // a single code
+    };
+    for (const auto& [n, k, d] : cases) {
+        auto x = random.normals<float>(n, d);
+        x(n / 3, d - 1) = nan;
+        const auto codes = random_codes(random, n, -1, k);
+        expect_equal_runs(x, codes, k, {});
+        expect_equal_runs(x, codes, k, random_weights(random, n));
     }
 }
 

@@ -17,6 +17,7 @@
 #include "support/device.cuh"
 #include "support/oracle.hpp"
 #include "support/random.hpp"
+#include "support/rectokens_cases.hpp"
 #include "support/training.hpp"
 #include "support/types.hpp"
 #include "support/update_judge.hpp"
@@ -236,11 +237,62 @@ TEST_F(EmaTest, LaunchesAreAsManyAsTheHeadersSay) {
             EXPECT_EQ(launches([&](cudaStream_t stream) {
                           ema_update(memory.state.view(), memory.x.view(), memory.codes.view(), params, {}, stream);
                       }),
-                      needs_total ? adding + 2
-                      : n <= 8192 ? 1
-                                  : adding + 1);
+                      needs_total ? (n <= 8192 ? 2 : adding + 2) : (n <= 8192 ? 1 : adding + 1));
         }
         EXPECT_EQ(adding == 1, n <= 8192);
+    }
+}
+
+TEST_F(EmaTest, StatisticsTakeTwoLaunchesMore) {
+    random_source random;
+    for (const std::int64_t n : {8192, 8193}) {
+        const auto before = trained_state<float>(random, 30, 12);
+        const matrix<float> x(n, 12);
+        for (const auto& rule : every_rule()) {
+            SCOPED_TRACE(testing::Message() << n << " rows, " << rule.first);
+            update_memory<float, float> update(before, x, codes_t(static_cast<std::size_t>(n)), rule.second);
+            apply_memory<float, float> apply(before, std::vector<float>(30), matrix<float>(30, 12), x, rule.second);
+            const auto with_and_without = [](auto& memory) {
+                const auto run = [&](cudaStream_t stream) { memory.run({}, stream); };
+                const int with = launches(run);
+                memory.params.stats = nullptr;
+                return with - launches(run);
+            };
+            EXPECT_EQ(with_and_without(update), 2);
+            EXPECT_EQ(with_and_without(apply), 2);
+        }
+    }
+}
+
+TEST_F(EmaTest, OneLaunchUpToTheEdgesOfTheGatheredShapes) {
+    // What `ema_update` documents, and of wider rows what follows from it: fewer codes.
+    const struct {
+        std::int64_t n, k, d;
+        bool inside;
+    } cases[] = {{8192, 4096, 256, true},  {8193, 4096, 256, false}, {8192, 4097, 256, false},
+                 {8192, 4096, 257, false}, {8192, 4096, 1, true},    {1, 4097, 1, false},
+                 {0, 4096, 1, true},       {8192, 2048, 512, true},  {8192, 2049, 512, false},
+                 {8192, 2048, 513, false}, {8192, 1024, 1024, true}, {8192, 1025, 1024, false},
+                 {8192, 30, 1024, true},   {8193, 30, 1024, false},  {8192, 30, 1025, false}};
+    for (const auto& [n, k, d, inside] : cases) {
+        SCOPED_TRACE(testing::Message() << n << " rows, " << k << " codes, " << d << " columns");
+        EXPECT_EQ(gather_shapes::include(n, k, d), inside);
+        for (const auto rule : {ema_rule::active_only, ema_rule::clamp, ema_rule::laplace}) {
+            const int total = rule == ema_rule::laplace;
+            ema_params params;
+            params.rule = rule;
+            update_memory<float, float> memory(host_state<float>(matrix<float>(k, d)), matrix<float>(n, d),
+                                               codes_t(static_cast<std::size_t>(n)), params);
+            memory.params.stats = nullptr;
+            const device_array<float> counts(k);
+            const device_matrix<float> sums(k, d);
+            const int adding = launches([&](cudaStream_t stream) {
+                accumulate(memory.x.view(), memory.codes.view(), counts.view(), sums.view(), {}, {}, stream);
+            });
+            EXPECT_EQ(adding == 1, inside);
+            EXPECT_EQ(launches([&](cudaStream_t stream) { memory.run({}, stream); }),
+                      (inside ? 1 : adding + 1) + total);
+        }
     }
 }
 
@@ -291,6 +343,22 @@ TEST_F(EmaTest, MoreCodesThanWarps) {
             state = expect_updated(state, random.normals<float>(5000, 3), skewed_codes(random, 5000, k), params);
     }
 }
+
+// ---- the cases of RecTokens' own tests ------------------------------------------------------------------------------
+
+struct device_update {
+    using fixture = gpu_test;
+    static step_stats update(host_state<>& state, const matrix<float>& x, const codes_t& codes,
+                             const ema_params& params) {
+        update_memory<float, float> memory(state, x, codes, params);
+        const device_workspace ws(memory.workspace_bytes());
+        memory.run(ws.lent());
+        EXPECT_TRUE(ws.guard_untouched());
+        state = memory.state.download();
+        return memory.stats.download()[0];
+    }
+};
+INSTANTIATE_TYPED_TEST_SUITE_P(Small, RecTokensCases, device_update);
 
 // ---- edges of the rules ---------------------------------------------------------------------------------------------
 
@@ -616,6 +684,23 @@ TEST_F(EmaSmall, WorkspaceAndStatisticsChangeNothing) {
     }
 }
 
+TEST(EmaWorkspaceTest, IsWithinItsBound) {
+    step_stats stats;  // not followed
+    for (const bool reports : {false, true})
+        for (const auto rule : {ema_rule::active_only, ema_rule::laplace})
+            for (const std::int64_t n : {0, 1, 8192, 8193, 40000, 1 << 20, 1 << 24})
+                for (const std::int64_t k : {1, 16, 1000, 1024, 1025, 2048, 16384, 65536})
+                    for (const std::int64_t d : {1, 8, 64, 128, 129, 256, 1024, 5000}) {
+                        ema_params params;
+                        params.rule = rule;
+                        if (reports) params.stats = &stats;
+                        const auto bytes = static_cast<double>(ema_update_workspace_bytes({n, k, d}, params));
+                        // Partial sums of a single wide code and what grows with nothing: 64 KB, as for `accumulate`.
+                        EXPECT_LE(bytes, 24.0 * n + 4 * 4.0 * k * d + 65536)
+                            << n << " x " << d << ", " << k << " codes";
+                    }
+}
+
 TEST_F(EmaSmall, ARefusedCallNamesTheFunctionAndWritesNothing) {
     random_source random;
     const auto before = trained_state<float>(random, 10, 6);
@@ -656,24 +741,49 @@ TEST_F(EmaTest, TwentyRunsAreBitwiseEqual) {
     auto single = ema_params::vector_quantize_pytorch();
     single.rule = ema_rule::active_only;
     single.min_cluster_size = 2;
-    const auto before = trained_state<float>(random, 500, 24);
-    for (const std::int64_t n : {4000, 20000, 200000})
+    const struct {
+        std::int64_t n, k, d;
+        bool weighted;
+    } cases[] = {
+        {4000, 500, 24, false},    // few rows: gathered, by blocks of several codes
+        {3000, 100, 20, true},     // of one code
+        {3000, 300, 200, true},    // in two slices of columns
+        {2000, 20, 1024, false},   // in eight
+        {20000, 500, 24, false},   // many rows: sorted
+        {200000, 500, 24, false},  // summed in longer runs
+        {9000, 300, 128, true},    // wide rows
+        {9000, 300, 130, true},    // in two slices of columns: rows are checked first
+        {9000, 300, 300, false},   // in three
+        {9000, 2048, 16, false},   // one digit of many bins
+        {9000, 3000, 16, true},    // two digits
+        {9000, 2100, 130, false},  // and two slices
+    };
+    for (const auto& [n, k, d, weighted] : cases) {
+        SCOPED_TRACE(testing::Message() << n << " rows, " << k << " codes, " << d << " columns");
+        const auto before = trained_state<float>(random, k, d);
+        auto x = random.normals<float>(n, d);
+        x(n / 3, d - 1) = nan;
+        std::vector<float> weights;
+        for (std::int64_t i = 0; i < n && weighted; ++i) weights.push_back(std::abs(random.normal()));
         for (const auto& params : {total, single})
             for (const bool one_code : {false, true}) {
-                const auto codes = one_code ? codes_t(static_cast<std::size_t>(n), 77) : skewed_codes(random, n, 500);
-                update_memory<float, float> memory(before, random.normals<float>(n, 24), codes, params);
+                const auto codes = one_code ? codes_t(static_cast<std::size_t>(n), 17) : skewed_codes(random, n, k);
+                update_memory<float, float> memory(before, x, codes, params, weights);
+                const device_workspace ws(memory.workspace_bytes());
                 memory.run();
                 const auto after = memory.state.download();
                 const auto stats = memory.stats.download()[0];
                 EXPECT_GT(stats.restarted_codes, 0);
+                EXPECT_GT(stats.invalid_rows, 0);
                 for (int run = 1; run < 20; ++run) {
                     memory.state.upload(before);
                     memory.stats.fill(poison);
-                    memory.run();
-                    ASSERT_TRUE(same_state(memory.state.download(), after)) << n << " rows, run " << run;
+                    memory.run(run % 2 ? ws.lent() : workspace{});
+                    ASSERT_TRUE(same_state(memory.state.download(), after)) << "run " << run;
                     ASSERT_EQ(std::memcmp(memory.stats.download().data(), &stats, sizeof stats), 0) << "run " << run;
                 }
             }
+    }
 }
 
 TEST_F(EmaTest, UpdateOfALargeBatchFollowsEveryRule) {

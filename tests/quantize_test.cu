@@ -248,15 +248,17 @@ TYPED_TEST_SUITE(QuantizeCodesSmall, code_types, type_names);
 
 TYPED_TEST(QuantizeCodesSmall, EveryCodeTypeHoldsTheSameCodes) {
     random_source random;
-    auto x = random.normals<float>(90, 7);
-    x(40, 3) = nan;
-    x(89, 0) = inf;
-    const auto codebook = random.normals<float>(200, 7);
-    for (const row_layout layout : {row_layout{}, awkward}) {
-        const auto got = search<TypeParam>(x, codebook, layout);
-        expect_right(x, codebook, got);
-        EXPECT_EQ(got.codes[40], -1);
-        EXPECT_EQ(got.codes[89], -1);
+    const auto codebook = random.normals<float>(200, 8);
+    for (const std::int64_t n : {90, 64 * processors() + 90}) {
+        auto x = random.normals<float>(n, 8);
+        x(40, 3) = nan;
+        x(n - 1, 0) = inf;
+        for (const row_layout layout : {row_layout{}, awkward}) {
+            const auto got = search<TypeParam>(x, codebook, layout);
+            expect_right(x, codebook, got);
+            EXPECT_EQ(got.codes[40], -1);
+            EXPECT_EQ(got.codes[n - 1], -1);
+        }
     }
 }
 
@@ -284,7 +286,14 @@ void expect_invalid_rows_told_by_distance(std::int64_t n, std::int64_t d) {
 TEST_F(QuantizeSmall, WhereEveryValueIsACodeTheDistanceTellsInvalidRows) {
     expect_invalid_rows_told_by_distance<std::uint8_t>(20, 1);
     expect_invalid_rows_told_by_distance<std::uint16_t>(20, 1);
-    for (const std::int64_t d : {7, 8}) expect_invalid_rows_told_by_distance<std::uint8_t>(64 * processors() + 1, d);
+    const std::int64_t n = 64 * processors() + 1;
+    for (const std::int64_t d : {7, 8}) {
+        expect_invalid_rows_told_by_distance<std::uint8_t>(n, d);
+        const auto none = search<std::uint8_t>(random_source().normals<float>(n, d),
+                                               matrix<float>::generate(256, d, [](auto, auto) { return nan; }));
+        for (const float distance : none.distances) ASSERT_TRUE(std::isnan(distance));
+        EXPECT_EQ(none.stats.invalid_rows, n);
+    }
 }
 
 // ---- shapes ---------------------------------------------------------------------------------------------------------
@@ -640,25 +649,47 @@ TEST_F(QuantizeSmall, NearestByApproximationIsNotTheNearest) {
 }
 
 TEST_F(QuantizeSmall, SumsThatLoseWhatTheirOrderSays) {
-    random_source random;
-    // Codes are permutations of each other, but for the last bits, and rows are almost constant, so all true scores are
-    // almost equal. What a sum of products loses on the way depends on where its one large term stands.
-    for (const std::int64_t d : {16, 64, 128, 256})
-        for (const float large : {1.0f, 64.0f}) {
-            std::vector<float> small;
-            for (std::int64_t c = 0; c < d; ++c)
-                small.push_back(0x1p-11f * (1 + 0x1p-9f * static_cast<float>(random.integer(0, 511))));
-            const auto codebook = matrix<float>::generate(300, d, [&](auto k, auto c) {
-                const float value = c == k % d ? large : small[(c + d - k % d) % d];
-                return value * (1 + 0x1p-20f * static_cast<float>(random.integer(-2, 2)));
-            });
-            expect_exact(matrix<float>::generate(100, d,
-                                                 [&](auto i, auto) {
-                                                     const float sign = i % 2 ? 1 : -1, size = 0.25f * (1 + i % 9);
-                                                     return sign * size * (1 + 0x1p-14f * random.normal());
-                                                 }),
-                         codebook);
+    // Each row lies between two codes. Their scores begin with the same large product, which another one takes away
+    // again at the end. One code has small products besides, just below 2^-23 of the large one: each loses up to a last
+    // bit of the sum. The other code has one middling product instead, which makes almost as much of a difference. So
+    // sums come out in the wrong order, by more than tags and roundings account for: what the bound charges for sums is
+    // all that keeps the right code. Codes have their negatives beside them, so that the centre is 0, and everything
+    // fits fp16 as it stands.
+    constexpr float small_x = 0x1p-11f * (1 - 0x1p-11f), small_c = 0.5f * small_x, middling_x = 0x1p-6f;
+    const auto share = [](double x, double c) { return std::abs(x * c - 0.5 * c * c); };  // of a score, in one column
+    const auto with_negatives = [](const matrix<float>& m) {
+        return matrix<float>::generate(2 * m.rows, m.columns,
+                                       [&](auto i, auto c) { return i % 2 ? -m.at(i / 2, c) : m.at(i / 2, c); });
+    };
+    for (const std::int64_t d : {141, 269, 600}) {
+        matrix<float> rows(8, d), codes(16, d);
+        for (std::int64_t i = 0; i < 8; ++i) {
+            const bool rises = i % 2 == 0, turned = i / 2 % 2 == 1;
+            const float sign = rises ? 1 : -1;  // of the small products: the code that has them is nearer if they rise
+            const float large = turned ? -1 - 0x1p-6f : 1 + 0x1p-5f, against = turned ? 1 + 0x1p-5f : -1 - 0x1p-6f;
+            float middling_c = 0;
+            while (share(middling_x, sign * (middling_c + 0x1p-18f)) < (d - 3) * share(small_x, sign * small_c))
+                middling_c += 0x1p-18f;
+            const auto put = [&](matrix<float>& m, std::int64_t row, float small, float first, float middling,
+                                 float last) {
+                for (std::int64_t c = 0; c < d; ++c) m(row, c) = small;
+                m(row, i) = first;
+                m(row, 16 + i) = middling;
+                m(row, d - 1 - i) = last;
+            };
+            put(rows, i, small_x, 1, middling_x, 1);
+            put(codes, 2 * i, sign * small_c, large, 0, against);
+            put(codes, 2 * i + 1, 0, large, sign * middling_c, against);
         }
+        const auto x = with_negatives(rows), codebook = with_negatives(codes);
+        const auto got = expect_exact(x, codebook);
+        search_memory<float, float> memory(x, codebook);
+        if (!quantize_many(memory.x.view(), memory.codebook.view(), memory.codes.view())) continue;
+        memory.params.accuracy = accuracy::fast;  // on Hopper, by sums alone
+        memory.run();
+        const auto fast = memory.outcome();
+        for (std::size_t i = 0; i < 16; ++i) EXPECT_NE(fast.codes[i], got.codes[i]) << "this tests nothing: row " << i;
+    }
 }
 
 TEST_F(QuantizeSmall, NearTiesOfOneUlp) {
@@ -1019,15 +1050,25 @@ TEST_F(QuantizeSmall, FastTakesTheLowestOfEqualCodes) {
 // ---- determinism ----------------------------------------------------------------------------------------------------
 
 TEST_F(QuantizeTest, TwentyRunsAreBitwiseEqual) {
+    struct {
+        std::int64_t n, k, d;
+    } const shapes[] = {{20000, 1000, 24}, {200000, 40, 100}, {33000, 5000, 8},  // many rows
+                        {9000, 8200, 40},                                        // in two launches
+                        {1, 2048, 256},    {60, 3000, 9},     {5000, 700, 128},  // few rows
+                        {700, 300, 300},   {40, 5000, 1100}};                    // wider than Hopper's own image
     random_source random;
-    search_memory<float, float> memory(random.normals<float>(20000, 24), random.normals<float>(1000, 24));
-    memory.run();
-    const auto first = memory.outcome();
-    EXPECT_TRUE(codes_are_nearest(memory.x.download(), memory.codebook.download(), first.codes));
-    for (int run = 1; run < 20; ++run) {
-        memory.poison_outputs();
+    for (const auto& [n, k, d] : shapes) {
+        SCOPED_TRACE(testing::Message() << n << " rows, " << k << " codes, D = " << d);
+        search_memory<float, float> memory(random.normals<float>(n, d), random.normals<float>(k, d));
         memory.run();
-        ASSERT_TRUE(same(memory.outcome(), first)) << "run " << run;
+        const auto first = memory.outcome();
+        if (n * k * d < 1000000000)
+            EXPECT_TRUE(codes_are_nearest(memory.x.download(), memory.codebook.download(), first.codes));
+        for (int run = 1; run < 20; ++run) {
+            memory.poison_outputs();
+            memory.run();
+            ASSERT_TRUE(same(memory.outcome(), first)) << "run " << run;
+        }
     }
 }
 
@@ -1061,7 +1102,7 @@ TEST_F(QuantizeTest, AMillionRowsTwentyTimes) { expect_steady_codes(1 << 20, 102
 
 TEST_F(QuantizeTest, AMillionRowsWhereEveryCodeIsThereTwice) { expect_steady_codes(1 << 20, 512, 64, 5, true); }
 
-TEST_F(QuantizeTest, ManyRowsOfOpenCodesOfMoreBits) { expect_steady_codes(10001, 65536, 40, 2, true); }
+TEST_F(QuantizeTest, ManyRowsOfOpenCodesOfMoreBits) { expect_steady_codes(20001, 65536, 40, 2, true); }
 
 TEST_F(QuantizeTest, ManyRowsAndCodesOfEveryOperandSize) {
     for (const std::int64_t d : {3, 8, 13, 48, 77, 100, 256, 269}) {
@@ -1107,7 +1148,8 @@ TEST_F(QuantizeTest, WarpgroupsThatShareTheirLastRows) {
 }
 
 /// Of many rows, a kernel of its own writes quantized rows and distances, four columns at a time where it can, with as
-/// many lanes to a row as it has columns for; rows without a code and distances beyond float's reach are apart.
+/// many lanes to a row as it has columns for; rows without a code and distances beyond float's reach are apart, and the
+/// last rows are written twice.
 template <class Elements>
 class QuantizeOutputsSmall : public gpu_test {};
 TYPED_TEST_SUITE(QuantizeOutputsSmall, element_pairs, type_names);
@@ -1116,20 +1158,48 @@ TYPED_TEST(QuantizeOutputsSmall, ManyRowsOfAllKindsAndWidths) {
     using X = typename TypeParam::x;
     using C = typename TypeParam::codebook;
     random_source random;
-    const std::int64_t n = 64 * processors() + 41, k = 130;
+    const std::int64_t n = 64 * processors() + 41, k = 33;
     for (const std::int64_t d : {3, 4, 8, 12, 16, 20, 32, 36, 64, 68, 128, 132, 260}) {
+        SCOPED_TRACE(testing::Message() << "D = " << d);
         auto x = random.normals<X>(n, d);
-        const auto codebook = random.normals<C>(k, d);
-        const std::int64_t last = n - 1;
-        for (const std::int64_t i : {std::int64_t{0}, n / 3, n / 3 + 1, last - 40, last}) x(i, i % d) = X(nan);
-        x(n / 2, 0) = X(-inf);
-        for (std::int64_t i = 5; i < n; i += 97)  // equal to a code
+        auto codebook = random.normals<C>(k, d);
+        for (std::int64_t c = 0; c < d; ++c) codebook(7, c) = C(0.0f);
+        for (const std::int64_t back : {n, n / 2, n / 2 + 1, std::int64_t{41}, std::int64_t{20}, std::int64_t{12},
+                                        std::int64_t{5}, std::int64_t{1}})
+            x(n - back, back % d) = X(back % 3 ? nan : -inf);
+        const auto scale_row = [&](std::int64_t i, float by) {
+            for (std::int64_t c = 0; c < d; ++c) x(i, c) = static_cast<X>(by * static_cast<float>(x.at(i, c)));
+        };
+        for (std::int64_t i = 2; i < n - 50; i += 97) {
             for (std::int64_t c = 0; c < d; ++c) x(i, c) = static_cast<X>(static_cast<float>(codebook.at(i % k, c)));
-        for (const row_layout layout : {row_layout{}, awkward}) expect_right(x, codebook, search(x, codebook, layout));
+            scale_row(i + 1, 1e-20f);  // squares that float has no room for
+            scale_row(i + 2, 1e-23f);
+        }
+        search_memory<X, C> plain(x, codebook);
+        plain.run();
+        const auto right = plain.outcome();
+        expect_right(x, codebook, right);
         expect_optional_outputs(x, codebook);
-        if constexpr (sizeof(X) == 4) {  // squares that float has no room for
-            for (std::int64_t i = 1; i < n; i += 53)
-                for (std::int64_t c = 0; c < d; ++c) x(i, c) *= i % 2 ? 1e25f : 1e12f;
+        // Distances are the same bits however rows lie, and whatever kernel writes them.
+        plain.poison_outputs();
+        plain.run_simt();
+        EXPECT_TRUE(same_bits(plain.outcome().distances, right.distances)) << "on the CUDA cores";
+        const row_layout layouts[][3] = {
+            {awkward, awkward, awkward}, {{4, 4}, {8, 4}, {12, 8}}, {{}, {}, awkward}, {awkward, {}, {}}};
+        for (const auto& [of_x, of_codebook, of_quantized] : layouts) {
+            const device_matrix<X> own_x(x, of_x);
+            const device_matrix<C> own_codebook(codebook, of_codebook);
+            device_matrix<X> quantized(n, d, of_quantized);
+            device_array<float> distances(n);
+            quantized.fill(poison);
+            quantize(own_x.view(), own_codebook.view(), plain.codes.view(), quantized.view(), distances.view());
+            EXPECT_TRUE(same_bits(quantized.download(), right.quantized));
+            EXPECT_TRUE(quantized.padding_untouched());
+            EXPECT_TRUE(same_bits(distances.download(), right.distances));
+        }
+        if constexpr (sizeof(X) == 4) {
+            for (std::int64_t i = 1; i < n; i += 53) scale_row(i, i % 2 ? 1e25f : 1e12f);
+            for (const std::int64_t back : {4, 11, 21}) scale_row(n - back, 1e25f);
             expect_right(x, codebook, search(x, codebook));
         }
     }
@@ -1140,9 +1210,28 @@ TEST_F(QuantizeTest, OutputsOfSoManyRowsThatAWarpTakesMore) {
     const std::int64_t n = (1 << 17) + 77;
     for (const std::int64_t d : {7, 8, 24, 64, 96}) {
         auto x = random.normals<float>(n, d);
-        x(n - 1, 2) = x(n - 33, 0) = nan;
+        x(n - 1, 2) = x(n - 20, 0) = nan;
         const auto codebook = random.normals<float>(20, d);
         expect_right(x, codebook, search(x, codebook));
+    }
+}
+
+/// Somewhat more rows than a card takes at once go in two launches, if there are many codes.
+TEST_F(QuantizeTest, SomewhatMoreRowsThanACardTakesAtOnce) {
+    random_source random;
+    for (const std::int64_t more : {1, 700, 64 * processors() / 3, 64 * processors() / 3 + 1}) {
+        const std::int64_t n = 64 * processors() + more, k = 8100;
+        for (const std::int64_t d : {3, 48, 128, 256}) {
+            expect_steady_codes(n, k, d, 2, false);
+            expect_steady_codes(n, k, d, 2, true);
+        }
+        auto x = random.normals<float>(n, 8);
+        x(n - 1, 7) = x(64 * processors(), 0) = x(64 * processors() - 1, 1) = nan;
+        const auto codebook = random.normals<float>(k, 8);
+        for (const row_layout layout : {row_layout{}, awkward}) {
+            expect_right(x, codebook, search<std::uint16_t>(x, codebook, layout));
+            expect_right(x, codebook, search<std::int64_t>(x, codebook, layout));
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 #include <cuvq/train_step.cuh>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -12,6 +13,8 @@
 
 #include <cuda_fp16.h>
 
+#include <cuvq/accumulate.cuh>
+#include <cuvq/lookup.cuh>
 #include <cuvq/prepare.cuh>
 #include <cuvq/quantize.cuh>
 
@@ -501,6 +504,114 @@ TEST_F(TrainStepTest, ASearchThatCountsDigitsSparesTheUpdateALaunch) {
     }
 }
 
+/// Searches and steps that are captured, never run: memory is all they need.
+struct launch_memory {
+    static constexpr std::int64_t codes = 600;
+    std::int64_t n, d;
+    train_memory<float, float> step;
+    device_array<float> distances;
+    device_array<char> image;
+
+    launch_memory(std::int64_t rows, std::int64_t columns)
+        : n(rows),
+          d(columns),
+          step(host_state<float>(matrix<float>(codes, d)), matrix<float>(n, d), {}),
+          distances(n),
+          image(static_cast<std::int64_t>(prepared_codebook_bytes(codes, d))) {}
+
+    prepared_codebook prepared() const { return {image.data(), static_cast<std::size_t>(image.size())}; }
+
+    template <class Quantized, class Distances>
+    int of_search(bool carries, accuracy how, const Quantized& quantized, const Distances& to) const {
+        quantize_params params;
+        params.accuracy = how;
+        if (carries) params.prepared = prepared();
+        return launches([&](cudaStream_t stream) {
+            quantize(step.x.view(), step.state.view().codebook, step.codes.view(), quantized, to, params, {}, stream);
+        });
+    }
+    codebook_state<float> state(bool carries) const {
+        auto s = step.state.view();
+        if (carries) s.prepared = prepared();
+        return s;
+    }
+    int of_update(bool carries, const ema_params& params) const {
+        return launches([&](cudaStream_t stream) {
+            ema_update(state(carries), step.x.view(), step.codes.view(), params, {}, stream);
+        });
+    }
+    int of_step(bool carries, const ema_params& params) const {
+        return launches([&](cudaStream_t stream) {
+            train_step(state(carries), step.x.view(), step.codes.view(), step.quantized.view(), params, {}, stream);
+        });
+    }
+};
+
+/// Whether this device and build have Hopper's own searches.
+bool has_hopper_searches() { return dispatch::serves_sm90<sm90_d77, float, float>(launch_memory::codes, 64); }
+
+/// Most rows that the search of a single launch takes.
+std::int64_t few_rows() { return std::int64_t{kernel::row_results::rows} * few_waves * processors(); }
+
+TEST_F(TrainStepTest, FewRowsArePreparedAndSearchedInALaunchEach) {
+    if (!has_hopper_searches()) GTEST_SKIP() << "no searches of Hopper's own on this device, as compiled";
+    for (const std::int64_t d : {1, 3, 13, 14, 64, 141, 269})
+        for (const std::int64_t n : {std::int64_t{1}, std::int64_t{65}, few_rows(), few_rows() + 1}) {
+            SCOPED_TRACE(testing::Message() << n << " rows, " << d << " columns");
+            const launch_memory memory(n, d);
+            const auto quantized = memory.step.quantized.view();
+            const auto distances = memory.distances.view();
+            const bool few = n <= few_rows();  // else those left open, and outputs, have launches of their own
+            for (const accuracy how : {accuracy::exact, accuracy::fast}) {
+                EXPECT_EQ(memory.of_search(true, how, discard, discard), few ? 1 : 2);
+                EXPECT_EQ(memory.of_search(true, how, quantized, distances), few ? 1 : 3);
+                EXPECT_EQ(memory.of_search(false, how, discard, discard), few ? 2 : 3);
+            }
+        }
+}
+
+TEST_F(TrainStepTest, AStepOfFewRowsThatCarriesAPreparedCodebookIsTwoLaunches) {
+    if (!has_hopper_searches()) GTEST_SKIP() << "no searches of Hopper's own on this device, as compiled";
+    const ema_params active_only;
+    ema_params clamp;
+    clamp.rule = ema_rule::clamp;
+    for (const std::int64_t d : {1, 3, 64, 269})
+        for (const std::int64_t n : {1, 4096, 8192, 8193, 20000}) {
+            SCOPED_TRACE(testing::Message() << n << " rows, " << d << " columns");
+            const launch_memory memory(n, d);
+            for (const auto& params : {active_only, clamp}) {
+                const int carrying = memory.of_step(true, params);
+                if (n <= std::min<std::int64_t>(gather_shapes::most_rows, few_rows())) EXPECT_EQ(carrying, 2);
+                EXPECT_EQ(memory.of_step(false, params), carrying + 1) << "a launch spared";
+            }
+        }
+}
+
+TEST_F(TrainStepTest, APreparedCodebookIsMadeInALaunchOrTwoAndKeptFreshInNoneMore) {
+    for (const std::int64_t d : {3, 269, 270})
+        for (const std::int64_t n : {300, 9000}) {
+            const launch_memory memory(n, d);
+            const auto preparing = [&](cudaStream_t stream) {
+                prepare(memory.state(false).codebook, memory.prepared(), stream);
+            };
+            EXPECT_EQ(launches(preparing), d > 269 ? 2 : 1);
+            const device_array<float> counts(memory.codes);
+            const device_matrix<float> sums(memory.codes, d);
+            for (const auto& rule : every_rule()) {
+                SCOPED_TRACE(testing::Message() << rule.first << ", " << n << " rows, " << d << " columns");
+                const ema_params& params = rule.second;
+                EXPECT_EQ(memory.of_update(true, params), memory.of_update(false, params));
+                const auto applying = [&](bool carries) {
+                    return launches([&](cudaStream_t stream) {
+                        ema_apply(memory.state(carries), counts.view(), sums.view(), memory.step.x.view(), params, {},
+                                  stream);
+                    });
+                };
+                EXPECT_EQ(applying(true), applying(false));
+            }
+        }
+}
+
 TEST_F(TrainStepSmall, EmptyAndSingleBatchesAndACodebookLargerThanTheBatch) {
     random_source random;
     for (const auto& [name, params] : presets()) {
@@ -641,6 +752,79 @@ TEST_F(TrainStepSmall, WorkspaceAndOptionalOutputsChangeNothing) {
     }
 }
 
+/// Expects of a call in so many bytes of workspace that it allocates nothing, and without one that it does: else the
+/// former would show nothing. call(workspace, stream).
+template <class Call>
+void expect_allocations(const char* function, std::size_t bytes, const Call& call) {
+    ASSERT_GT(bytes, 0u) << function;
+    const device_workspace ws(bytes);
+    EXPECT_EQ(allocations([&](cudaStream_t stream) { call(ws.lent(), stream); }), 0) << function;
+    EXPECT_EQ(allocations([&](cudaStream_t stream) { call(workspace{}, stream); }), 1) << function;
+}
+
+TEST_F(TrainStepSmall, NothingIsAllocatedWhereAWorkspaceIsGiven) {
+    for (const std::int64_t n : {300, 9000})
+        for (const std::int64_t d : {20, 300}) {
+            SCOPED_TRACE(testing::Message() << n << " rows, " << d << " columns");
+            const std::int64_t k = launch_memory::codes;
+            const shape size{n, k, d};
+            const launch_memory memory(n, d);
+            const auto& step = memory.step;
+            const auto x = step.x.view();
+            const auto codes = step.codes.view();
+            const auto state = step.state.view();
+            const device_array<float> counts(k);
+            const device_matrix<float> sums(k, d);
+            step_stats* const stats = step.stats.data();
+            quantize_params search;
+            search.stats = stats;
+            accumulate_params adding;
+            adding.stats = stats;
+            auto params = ema_params::vector_quantize_pytorch();
+            params.stats = stats;
+            expect_allocations("quantize", quantize_workspace_bytes(size, search), [&](auto ws, auto stream) {
+                quantize(x, state.codebook, codes, step.quantized.view(), memory.distances.view(), search, ws, stream);
+            });
+            expect_allocations("accumulate", accumulate_workspace_bytes(size, adding), [&](auto ws, auto stream) {
+                accumulate(x, codes, counts.view(), sums.view(), adding, ws, stream);
+            });
+            expect_allocations("ema_apply", ema_apply_workspace_bytes(size, params), [&](auto ws, auto stream) {
+                ema_apply(state, counts.view(), sums.view(), x, params, ws, stream);
+            });
+            expect_allocations("ema_update", ema_update_workspace_bytes(size, params),
+                               [&](auto ws, auto stream) { ema_update(state, x, codes, params, ws, stream); });
+            expect_allocations("train_step", train_step_workspace_bytes(size, params), [&](auto ws, auto stream) {
+                train_step(state, x, codes, step.quantized.view(), params, ws, stream);
+            });
+            // These have no use for one.
+            EXPECT_EQ(allocations([&](auto stream) { prepare(state.codebook, memory.prepared(), stream); }), 0);
+            EXPECT_EQ(allocations([&](auto stream) { lookup(state.codebook, codes, step.quantized.view(), stream); }),
+                      0);
+        }
+}
+
+TEST(TrainStepWorkspaceSmall, ThatOfASearchIsAtMostTwentyFourBytesARowAndFourCodebooks) {
+    step_stats stats;  // not followed
+    for (const std::int64_t n : {0, 1, 65, 1024, 8192, 8193, 40000, 1 << 20, 1 << 24})
+        for (const std::int64_t k : {1, 16, 255, 1000, 1025, 2048, 16384, 65536})
+            for (const std::int64_t d : {1, 2, 3, 13, 14, 77, 78, 141, 142, 269, 270, 1024, 5000}) {
+                SCOPED_TRACE(testing::Message() << n << " x " << k << " x " << d);
+                quantize_params params;
+                const auto bytes = [&] {
+                    return static_cast<std::int64_t>(quantize_workspace_bytes({n, k, d}, params));
+                };
+                // With an image of its own, which is of whole tiles of 128 codes, each of 32 bytes at least.
+                const std::int64_t image_codes = (k + 127) / 128 * 128, own_image = bytes();
+                if (d >= 3) EXPECT_LE(own_image, 24 * n + 16 * image_codes * d);
+                params.stats = &stats;  // documented on top: 8 bytes per code and 256 KB
+                EXPECT_LE(bytes(), own_image + 8 * k + (256 << 10) + 2 * 256);
+                params.stats = nullptr;
+                // With one that the caller has prepared.
+                params.prepared = {&stats, prepared_codebook_bytes(k, d)};
+                EXPECT_LE(bytes(), 24 * n + 16 * k * d + 8 * 256);
+            }
+}
+
 TEST(TrainStepWorkspaceSmall, IsAtMostTwentyFourBytesARowAndFourCodebooks) {
     for (const shape& size :
          {shape{1 << 20, 1024, 128}, shape{1 << 20, 4096, 128}, shape{1 << 20, 16384, 64}, shape{65536, 8192, 256},
@@ -690,21 +874,27 @@ TYPED_TEST(TrainStepTypes, TwentyRunsAreBitwiseEqual) {
     // `close`: so many rows lie near a hundred codes that the filter cannot tell apart.
     const struct {
         std::int64_t n, k, d, close;
+        bool weighted = false, carries = false;  // weights; a prepared codebook
     } cases[] = {
-        {5000, 500, 20, 500},    // few rows: one launch sums them
-        {3000, 300, 130, 300},   // in two slices of columns
-        {2000, 200, 300, 200},   // in three; more columns than Hopper's own search takes
-        {9000, 500, 20, 900},    // many rows: sorted first
-        {9000, 300, 200, 900},   // then summed in two slices
-        {8500, 200, 300, 850},   // in three
-        {40000, 1000, 64, 400},  // the search counts for the sort
-        {9000, 3000, 24, 40},    // rows left open, so few that several blocks share each
-        {9000, 3000, 24, 9000},  // more than several blocks share
+        {5000, 500, 20, 500},               // few rows: one launch sums them
+        {5000, 500, 20, 500, true, true},   // as a step that prepares nothing
+        {3000, 300, 130, 300},              // in two slices of columns
+        {2000, 200, 300, 200},              // in three; more columns than Hopper's own search takes
+        {9000, 500, 20, 900},               // many rows: sorted first
+        {9000, 300, 200, 900},              // then summed in two slices
+        {8500, 200, 300, 850},              // in three
+        {40000, 1000, 64, 400},             // the search counts for the sort
+        {9000, 1000, 64, 400, true},        // as it does not where rows have weights
+        {9000, 2000, 100, 90, true, true},  // by one digit of many bins; the sums of wide rows
+        {9000, 3000, 24, 40},               // by two digits; rows left open, so few that several blocks share each
+        {9000, 3000, 24, 9000},             // more than several blocks share
+        {9000, 2100, 300, 90, true, true},  // two digits and three slices
     };
     auto total = ema_params::vector_quantize_pytorch(), single = total;
     single.rule = ema_rule::active_only;
-    for (const auto& [n, k, d, close] : cases) {
-        SCOPED_TRACE(testing::Message() << n << " rows, " << k << " codes, " << d << " columns, " << close << " close");
+    for (const auto& [n, k, d, close, weighted, carries] : cases) {
+        SCOPED_TRACE(testing::Message() << n << " rows, " << k << " codes, " << d << " columns, " << close << " close"
+                                        << (weighted ? ", weights" : "") << (carries ? ", prepared" : ""));
         auto before = trained_state<codebook_type>(random, k, d);
         for (std::int64_t j = 1; j < 100; ++j)
             for (std::int64_t c = 0; c < d; ++c)
@@ -716,18 +906,25 @@ TYPED_TEST(TrainStepTypes, TwentyRunsAreBitwiseEqual) {
                 const std::int64_t row = i * (n / close);
                 x(row, c) = static_cast<x_type>(before.codebook.at(0, c) + 0.1f * x.at(row, c));
             }
+        std::vector<float> weights;
+        for (std::int64_t i = 0; i < n && weighted; ++i) weights.push_back(std::abs(random.normal()));
+        const device_array<char> image(carries ? static_cast<std::int64_t>(prepared_codebook_bytes(k, d)) : 0);
         for (const auto& params : {total, single}) {
-            train_memory<codebook_type, x_type> memory(before, x, params);
+            train_memory<codebook_type, x_type> memory(before, x, params, weights);
             const device_workspace ws(memory.workspace_bytes());
-            memory.run();
-            const left_behind<codebook_type, x_type> first(memory);
-            EXPECT_GT(first.stats.restarted_codes, 0);
-            for (int run = 1; run < 20; ++run) {
+            const auto run_from_start = [&](const workspace& lent) {
                 memory.state.upload(before);
                 memory.poison_outputs();
-                memory.run(run % 2 ? ws.lent() : workspace{});
-                const left_behind<codebook_type, x_type> again(memory);
-                ASSERT_TRUE(same(again, first)) << "run " << run;
+                if (image.size() > 0) memory.carry({image.data(), static_cast<std::size_t>(image.size())});
+                memory.run(lent);
+                return left_behind<codebook_type, x_type>(memory);
+            };
+            const auto first = run_from_start({});
+            const auto first_image = image.download();
+            EXPECT_GT(first.stats.restarted_codes, 0);
+            for (int run = 1; run < 20; ++run) {
+                ASSERT_TRUE(same(run_from_start(run % 2 ? ws.lent() : workspace{}), first)) << "run " << run;
+                ASSERT_EQ(image.download(), first_image) << "run " << run;
             }
             EXPECT_TRUE(ws.guard_untouched());
         }

@@ -73,13 +73,13 @@ void update(const update_args<T, X>& a, const ema_params& p, const dispatch::pro
     const std::int64_t codes = a.state.codebook.rows, columns = a.state.codebook.columns;
     const accumulate_args<X> batch{a.x, a.codes, a.weights, {m.counts, codes}, {m.sums, codes, columns, columns}};
     const ema_args<T, X> apply{a.state, read_only(batch.counts), read_only(batch.sums), a.x, a.replacement_indices};
-    if (gather_shapes::include(a.x.rows, codes, columns) && !dispatch::needs_total(p)) {
-        dispatch::ema_update_gathered(batch, apply, p, from, refresh, p.stats ? m.counts : nullptr,
+    if (gather_shapes::include(a.x.rows, codes, columns)) {
+        dispatch::ema_update_gathered(batch, apply, p, from, m.ema, refresh, p.stats ? m.counts : nullptr,
                                       m.tally.invalid_rows(), m.tally.ema(), stream);
         return;
     }
     dispatch::accumulate(batch, false, from, m.accumulate, m.tally.invalid_rows(), stream);
-    dispatch::ema_apply(apply, p, m.ema, m.tally.ema(), refresh, stream);
+    dispatch::ema_apply(apply, p, m.ema, 0, m.tally.ema(), refresh, stream);
 }
 
 }  // namespace detail
@@ -126,7 +126,7 @@ void ema_apply(const State& state, const CountsView& counts, const SumsView& sum
     const dispatch::ema_scratch m(c, params);
     const detail::update_tally tally(c, params.stats != nullptr);
     tally.clear(stream);
-    dispatch::ema_apply(args, params, m, tally.ema(), detail::refresh_of(state.prepared, s.codes, s.dimensions),
+    dispatch::ema_apply(args, params, m, 0, tally.ema(), detail::refresh_of(state.prepared, s.codes, s.dimensions),
                         stream);
     if (params.stats) {
         kernel::stats_parts parts = tally.parts(args.counts.data, s.codes);
@@ -156,7 +156,8 @@ inline std::size_t ema_update_workspace_bytes(const shape& s, const ema_params& 
 /// @param ws     `ema_update_workspace_bytes` of device memory, or empty: allocated on the stream.
 /// @param stream everything runs here, asynchronously; may be captured in a graph: a replay is one more step. One
 ///               launch for a batch of `gather_shapes` (N <= 8192, D <= 1024, and K <= 4096 for D <= 256) under
-///               `active_only` and `clamp` without `usage_ratio`; two more with `params.stats`.
+///               `active_only` and `clamp` without `usage_ratio`, two under other rules; of other batches those of
+///               `accumulate` and `ema_apply`. Two more with `params.stats`.
 /// @throws std::invalid_argument naming the argument, before any launch; cuvq::cuda_error if a CUDA call fails.
 /// Deterministic: bitwise equal from run to run. O(N D + K D) time.
 /// Source: RecTokens `ema_update`; van den Oord et al. 2017, appendix A.1.

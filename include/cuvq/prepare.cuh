@@ -17,9 +17,9 @@
 
 namespace cuvq {
 
-/// Bytes of device memory that a `prepared_codebook` of K codes in D dimensions takes: 32, 160, 288 or 544 bytes per
-/// code for D up to 13, 77, 141 or 269; beyond, 2 D + 6 and at most 62 more. For the updates to keep
-/// it fresh, at most 264 D + 1024 in all.
+/// Bytes of device memory that a `prepared_codebook` of K codes in D dimensions takes: with K rounded up to whole tiles
+/// of 128 codes, 33, 161, 289 or 545 bytes per code for D up to 13, 77, 141 or 269; beyond, 2 D + 7 and at most 62
+/// more. For the updates to keep it fresh, at most 268 D + 2048 in all.
 /// @throws std::invalid_argument if K < 1 or D < 1. Pure: asks no device.
 inline std::size_t prepared_codebook_bytes(std::int64_t codes, std::int64_t dimensions) {
     detail::check_shape("prepared_codebook_bytes", shape{0, codes, dimensions});

@@ -14,8 +14,10 @@
 
 #include <gtest/gtest.h>
 
+#include "support/drawn_row.hpp"
 #include "support/host.hpp"
 #include "support/random.hpp"
+#include "support/rectokens_cases.hpp"
 #include "support/state.hpp"
 #include "support/types.hpp"
 
@@ -890,29 +892,6 @@ TEST_F(RestartTest, ARowThatTheStateCannotHoldMovesOn) {
 #endif
 }
 
-/// Philox4x32-10 as the paper words it: ten rounds of S-boxes, the key bumped between them.
-std::uint64_t first_64_bits(std::uint64_t key, std::uint64_t low, std::uint64_t high) {
-    std::uint64_t l[2] = {high >> 32, low >> 32}, r[2] = {high & 0xffffffff, low & 0xffffffff};
-    for (std::uint64_t round = 0; round < 10; ++round) {
-        const std::uint64_t key0 = (key + round * 0x9E3779B9) & 0xffffffff;
-        const std::uint64_t key1 = ((key >> 32) + round * 0xBB67AE85) & 0xffffffff;
-        const std::uint64_t a = r[1] * 0xD2511F53, b = r[0] * 0xCD9E8D57;
-        const std::uint64_t next_r0 = (a >> 32) ^ l[0] ^ key1, next_r1 = (b >> 32) ^ l[1] ^ key0;
-        l[0] = a & 0xffffffff;
-        l[1] = b & 0xffffffff;
-        r[0] = next_r0;
-        r[1] = next_r1;
-    }
-    return l[1] << 32 | r[1];
-}
-
-__extension__ using uint128 = unsigned __int128;
-
-float drawn_row(std::uint64_t seed, std::int64_t code, std::int64_t step, std::int64_t rows) {
-    const std::uint64_t u = first_64_bits(seed, static_cast<std::uint64_t>(code), static_cast<std::uint64_t>(step));
-    return static_cast<float>(static_cast<std::int64_t>((uint128{u} * static_cast<std::uint64_t>(rows)) >> 64));
-}
-
 TEST_F(RestartTest, TheIndependentPhiloxOfThisTestKnowsTheAnswer) {
     EXPECT_EQ(first_64_bits(0x299f31d0a4093822, 0x85a308d3243f6a88, 0x0370734413198a2e), 0x94fdccebd16cfe09u);
 }
@@ -927,7 +906,7 @@ TEST_F(RestartTest, DrawsFollowTheDocumentedFormula) {
                 p.seed = seed;
                 const floats got = restart(20, rows, p, step);
                 for (std::int64_t k = 0; k < 20; ++k)
-                    EXPECT_EQ(got[static_cast<std::size_t>(k)], drawn_row(seed, k, step, m))
+                    EXPECT_EQ(got[static_cast<std::size_t>(k)], static_cast<float>(drawn_row(seed, k, step, m)))
                         << "code " << k << ", step " << step << ", seed " << seed << ", M " << m;
                 EXPECT_EQ(stats.restarted_codes, 20);
             }
@@ -944,7 +923,7 @@ TEST_F(RestartTest, ADrawOnARowThatIsNotFiniteMovesOnToo) {
     const auto odd_only = numbered(1000, [](auto i) { return i % 2 == 0; });
     const floats got = restart(50, odd_only, params(), 9);
     for (std::int64_t k = 0; k < 50; ++k) {
-        const auto drawn = static_cast<std::int64_t>(drawn_row(0, k, 9, 1000));
+        const std::int64_t drawn = drawn_row(0, k, 9, 1000);
         EXPECT_EQ(got[static_cast<std::size_t>(k)], static_cast<float>(drawn % 2 ? drawn : drawn + 1));
     }
 }
@@ -1076,106 +1055,14 @@ TYPED_TEST(EmaUpdateElements, DeadCodesRestartFromRowsOfTheBatch) {
 // ---- the cases of RecTokens' own tests
 // ------------------------------------------------------------------------------------
 
-class RecTokensCases : public testing::Test {
-protected:
-    /// Zero statistics, and every batch the same: after t steps an active code has n (1 - g^t) and the mean of its
-    /// rows, any other is as it was.
-    static void expect_closed_form(const host_state<>& state, const matrix<float>& start, const matrix<float>& x,
-                                   const codes_t& codes, double decay, int steps) {
-        for (std::int64_t k = 0; k < start.rows; ++k) {
-            const auto n = static_cast<double>(std::count(codes.begin(), codes.end(), k));
-            const double share = 1 - std::pow(decay, steps);
-            ASSERT_NEAR(state.cluster_size[k], n * share, 1e-5 * n) << "code " << k;
-            ASSERT_EQ(state.steps_since_active[k], n > 0 ? 0 : steps) << "code " << k;
-            for (std::int64_t d = 0; d < start.columns; ++d) {
-                double sum = 0, magnitude = 0;
-                for (std::int64_t i = 0; i < x.rows; ++i)
-                    if (codes[i] == k) {
-                        sum += x.at(i, d);
-                        magnitude += std::abs(x.at(i, d));
-                    }
-                ASSERT_NEAR(state.embed_sum.at(k, d), sum * share, 1e-5 * magnitude) << "code " << k;
-                if (n > 0)
-                    ASSERT_NEAR(state.codebook.at(k, d), sum / n, 1e-5 * magnitude / n) << "code " << k;
-                else
-                    ASSERT_EQ(state.codebook.at(k, d), start.at(k, d)) << "code " << k;
-            }
-        }
-        EXPECT_EQ(state.step, steps);
-    }
-
-    /// A random batch whose row i has code i mod `used`.
-    static void run(std::int64_t n, std::int64_t k, std::int64_t d, std::int64_t used, double decay = 0.99) {
-        random_source random;
-        const auto start = random.normals<float>(k, d), x = random.normals<float>(n, d);
-        codes_t codes(static_cast<std::size_t>(n));
-        for (std::int64_t i = 0; i < n; ++i) codes[i] = static_cast<std::int32_t>(i % used);
-        host_state<> state(start);
-        ema_params params = ema_params::rectokens();
-        params.decay = decay;
-        for (int t = 1; t <= 4; ++t) {
-            const step_stats stats = update(state, x, codes, params);
-            EXPECT_EQ(stats.active_codes, std::min(n, used));
-            EXPECT_EQ(stats.restarted_codes, 0);
-        }
-        expect_closed_form(state, start, x, codes, decay, 4);
+struct reference_update {
+    using fixture = testing::Test;
+    static step_stats update(host_state<>& state, const matrix<float>& x, const std::vector<std::int64_t>& codes,
+                             const ema_params& params) {
+        return test::update(state, x, codes, params);
     }
 };
-
-TEST_F(RecTokensCases, AllCodesActive) { run(64, 16, 8, 16); }
-TEST_F(RecTokensCases, PartlyInactive) { run(64, 16, 8, 5); }
-TEST_F(RecTokensCases, SingleSample) { run(1, 16, 8, 16); }
-TEST_F(RecTokensCases, BatchThatIsNoPowerOfTwo) { run(77, 16, 8, 16); }
-TEST_F(RecTokensCases, CodebookLargerThanTheBatch) { run(5, 64, 8, 64); }
-TEST_F(RecTokensCases, LargeDimension) {
-    run(40, 12, 768, 12);
-    run(40, 12, 1025, 7);
-}
-TEST_F(RecTokensCases, DecayZero) { run(64, 16, 8, 11, 0.0); }
-
-TEST_F(RecTokensCases, DecayOneNeverLearns) {
-    random_source random;
-    const auto start = random.normals<float>(6, 3);
-    host_state<> state(start);
-    for (int t = 0; t < 3; ++t)
-        update(state, random.normals<float>(12, 3), codes_t{0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5},
-               with(ema_rule::active_only, 1));
-    EXPECT_TRUE(same_bits(state.codebook, start));
-    EXPECT_EQ(state.cluster_size, floats(6, 0));
-    EXPECT_TRUE(same_bits(state.embed_sum, matrix<float>(6, 3)));
-}
-
-TEST_F(RecTokensCases, DeadCodesRestartAfterTwentyStepsFromTheBatch) {
-    random_source random;
-    host_state<> state(random.normals<float>(4, 3));
-    const auto start = state.codebook;
-    ema_params params = ema_params::rectokens();
-    for (int t = 1; t <= 20; ++t) {
-        const auto x = random.normals<float>(6, 3);
-        const step_stats stats = update(state, x, codes_t{0, 2, 0, 2, 0, 2}, params);
-        ASSERT_EQ(stats.restarted_codes, t == 20 ? 2 : 0) << "step " << t;
-        for (const std::int64_t k : {1, 3}) {
-            ASSERT_EQ(state.steps_since_active[k], t == 20 ? 0 : t);
-            ASSERT_EQ(state.cluster_size[k], 0);
-            if (t < 20)
-                ASSERT_EQ(state.codebook.row(k), start.row(k));
-            else
-                ASSERT_EQ(state.codebook.row(k), x.row(static_cast<std::int64_t>(drawn_row(0, k, 19, 6))));
-        }
-    }
-}
-
-TEST_F(RecTokensCases, TheCounterIsResetWhenACodeIsUsed) {
-    host_state<> state(matrix<float>{{0}, {10}});
-    const ema_params params = ema_params::rectokens();
-    const matrix<float> x{{1}};
-    for (int t = 1; t <= 19; ++t) update(state, x, codes_t{0}, params);
-    EXPECT_EQ(state.steps_since_active, (codes_t{0, 19}));
-    EXPECT_EQ(update(state, x, codes_t{1}, params).restarted_codes, 0);
-    EXPECT_EQ(state.steps_since_active, (codes_t{1, 0}));
-    EXPECT_EQ(update(state, x, codes_t{0}, params).restarted_codes, 0);
-    EXPECT_EQ(state.steps_since_active, (codes_t{0, 1}));
-}
+INSTANTIATE_TYPED_TEST_SUITE_P(Reference, RecTokensCases, reference_update);
 
 // ---- train_step
 // -----------------------------------------------------------------------------------------------------------

@@ -275,6 +275,7 @@ public:
             cudaGraphNodeType type{};
             cudaGraphNodeGetType(node, &type);
             kernels_ += type == cudaGraphNodeTypeKernel;
+            allocations_ += type == cudaGraphNodeTypeMemAlloc;
         }
         const cudaError_t code = cudaGraphInstantiate(&executable_, graph, 0);
         cudaGraphDestroy(graph);
@@ -289,10 +290,11 @@ public:
 
     void replay() { check(cudaGraphLaunch(executable_, stream_)); }
     int kernels() const { return kernels_; }
+    int allocations() const { return allocations_; }
 
 private:
     test_stream stream_;
-    int kernels_ = 0;
+    int kernels_ = 0, allocations_ = 0;
     cudaGraphExec_t executable_ = nullptr;
 };
 
@@ -300,6 +302,12 @@ private:
 template <class Body>
 int launches(const Body& body) {
     return captured_graph(body).kernels();
+}
+
+/// How often body(stream) allocates memory.
+template <class Body>
+int allocations(const Body& body) {
+    return captured_graph(body).allocations();
 }
 
 /// Multiprocessors of the device.

@@ -25,21 +25,25 @@
 // trusted up to 2^126, so such codes lose rightly, and where the limit itself is larger (or NaN) the row takes the full
 // float64 pass.
 //
-// The tensor-core filter (kernel/quantize_sm90.cuh, device/nearest_mma.cuh) compares scores. With any centre m and
-// powers of two s and t (t the row's own), X = t s (x - m), C_k = s (c_k - m) and n_k = g - |C_k|^2 / 2 for any g,
+// The tensor-core filter (kernel/quantize_sm90.cuh, kernel/quantize_sm90_few.cuh, device/nearest_mma.cuh) compares
+// scores. With any centre m and powers of two s and t (t the row's own), X = t s (x - m), C_k = s (c_k - m) and
+// n_k = g - |C_k|^2 / 2 for any g,
 //     S_k = X . C_k + t n_k = const(x) - t s^2 |x - c_k|^2 / 2,
 // so the nearest code has the largest S. It computes S^_k from X^ = fp16(X), C^ = fp16(C) and n_k in three halves. By
 // Cauchy-Schwarz and the triangle inequality, |S^_k - S_k| is at most the sum of
 //   operands      |X| |C - C^| + |X - X^| |C^|, since X.C - X^.C^ = X.(C - C^) + (X - X^).C^. Both residuals are
-//   measured
-//                 when converting (subnormals and saturation show in them), in double for C; for x, x - m is rounded
-//                 once in float, which adds 2^-23 |X| to |X - X^| with room to spare;
+//                 measured when converting (subnormals and saturation show in them), in double for C; for x, x - m is
+//                 rounded once in float, which adds 2^-23 |X| to |X - X^| with room to spare;
 //   accumulation  products of halves are exact in float. Each step adds 16 of them to the accumulator.
 //                 How it aligns and cuts the 17 terms is not documented; measurements on the generations before Hopper
-//                 see each cut below the last of at least 24 bits of the largest (Fasi, Higham, Mikaitis, Pranesh,
-//                 "Numerical behavior of NVIDIA tensor cores", 2021). The bound assumes four times that, 2^-22 of the
-//                 largest term for each of the 17. No term exceeds |X^| |C^| + t |n|: a partial sum of products is at
-//                 most |X^| |C^|;
+//                 see each cut below the last of at least 24 bits of the largest, by less than 2^-23 of that (Fasi,
+//                 Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021), and so is the sum when
+//                 it is rounded to float. The bound assumes nearly twice that, 2^-22 of the largest term for each of
+//                 the 17; in tests/device/certificate_test.cu, an H200 loses about an eighth of it. "Largest" is by
+//                 exponents: an operand that is subnormal counts as 2^-14 (the test shows that it does). So no term is
+//                 larger than (|X^| + 2^-14) (|C^| + 2^-14) + (t + 2^-14) (|n| + 2^-14): a partial sum of products is
+//                 at most |X^| |C^|, and the first of n's halves at most 2^-11 of n above it, which the spare half of
+//                 the bound pays for;
 //   norm          t |n_k - three halves|, measured in double;
 //   float64       the distance of scores that d64 cannot tell apart: e64 of t s^2 |x - c|^2, at most
 //                 (D + 8) 2^-50 (|X| + t |C|)^2 / t with the slack of its own evaluation.
@@ -306,7 +310,9 @@ __device__ inline float score_error(float length, float residual, float factor, 
     const float image = length + residual, code = c.norm + c.residual;
     const float spread = image + factor * code;
     const float operand = length * c.residual + residual * c.norm;
-    const float accumulation = static_cast<float>(17 * steps) * 0x1p-22f * (image * c.norm + factor * c.offset);
+    constexpr float least = 0x1p-14f;  // as what each half counts at least
+    const float accumulation = static_cast<float>(17 * steps) * 0x1p-22f *
+                               ((image + least) * (c.norm + least) + (factor + least) * (c.offset + least));
     const float exact = static_cast<float>(16 * steps + 8) * 0x1p-50f * __fdividef(spread * spread, factor);
     return 1.0001f * (operand + accumulation + factor * c.offset_rest + exact);
 }

@@ -164,17 +164,20 @@ struct gather_plan {
           checks(a.x.columns > gather_tile<1>::columns && !from.trusted) {}
 
     /// Launches the kernel in clusters where the card has them, `extra` of which have no codes: `in_clusters` and
-    /// `alone` are it with either tile.
+    /// `alone` are it with either tile. Returns the number of blocks.
     template <class... Parameters, class... Arguments>
-    static void launch(std::int64_t codes, int block_bits, unsigned extra, void (*in_clusters)(Parameters...),
-                       void (*alone)(Parameters...), cudaStream_t stream, const Arguments&... arguments) {
+    static unsigned launch(std::int64_t codes, int block_bits, unsigned extra, void (*in_clusters)(Parameters...),
+                           void (*alone)(Parameters...), cudaStream_t stream, const Arguments&... arguments) {
         constexpr unsigned cluster = 8, threads = gather_tile<cluster>::threads;
         const std::int64_t blocks = ((codes - 1) >> block_bits) + 1;
-        if (detail::is_for_hopper(in_clusters))
-            detail::launch_dependent(in_clusters, (static_cast<unsigned>((blocks - 1) / cluster + 1) + extra) * cluster,
-                                     threads, stream, 0, cluster, arguments...);
-        else
-            detail::launch(alone, static_cast<unsigned>(blocks) + extra, threads, stream, 0, arguments...);
+        if (detail::is_for_hopper(in_clusters)) {
+            const unsigned all = (static_cast<unsigned>((blocks - 1) / cluster + 1) + extra) * cluster;
+            detail::launch_dependent(in_clusters, all, threads, stream, 0, cluster, arguments...);
+            return all;
+        }
+        const unsigned all = static_cast<unsigned>(blocks) + extra;
+        detail::launch(alone, all, threads, stream, 0, arguments...);
+        return all;
     }
 };
 

@@ -223,23 +223,31 @@ std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const ke
     return blocks * kernel::few_warps;
 }
 
-/// Quantized rows and distances of more than 32 rows whose codes are there. Returns how many partial losses that
-/// leaves.
-template <class X, class C>
+/// Quantized rows and distances of at least 32 rows whose codes are there, of D that the tile is for. Returns how many
+/// partial losses that leaves.
+template <class Tile, class X, class C>
 std::int64_t write_outputs(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally, int processors,
                            cudaStream_t stream) {
-    const auto kernel = [&] {
-        const std::int64_t columns = args.x.columns;
-        if (!kernel::has_vector_rows(args)) return kernel::write_outputs<-1, X, C>;
-        if (columns <= 8) return kernel::write_outputs<1, X, C>;
-        if (columns <= 16) return kernel::write_outputs<2, X, C>;
-        if (columns <= 32) return kernel::write_outputs<3, X, C>;
-        return columns <= 64 ? kernel::write_outputs<4, X, C> : kernel::write_outputs<5, X, C>;
-    }();
-    const unsigned blocks = detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, processors * 6);
-    detail::launch_dependent(kernel, blocks, kernel::outputs_threads, stream, 0, 1, args, tally,
-                             output_rows(args.x.rows, args.x.columns));
-    return std::int64_t{blocks} * (kernel::outputs_threads / 32);
+    const std::int64_t columns = args.x.columns;
+    // Two waves of blocks, each with some rows for every warp.
+    const unsigned blocks =
+        detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, 2 * kernel::outputs_blocks * processors);
+    const auto launch = [&](auto bits, int at_once) {
+        detail::launch_dependent(kernel::write_outputs<decltype(bits)::value, X, C>, blocks, kernel::outputs_threads,
+                                 stream, 0, 1, args, tally, output_rows(args.x.rows, at_once));
+        return std::int64_t{blocks} * (kernel::outputs_threads / 32);
+    };
+    if (!kernel::has_vector_rows(args)) return launch(std::integral_constant<int, -1>(), columns <= 16 ? 32 : 8);
+    const auto with_lanes = [&](auto bits) { return launch(bits, kernel::rows_at_once<decltype(bits)::value>); };
+    if constexpr (Tile::dimensions <= sm90_d77::dimensions) {
+        if (columns <= 8) return with_lanes(std::integral_constant<int, 1>());
+        if (columns <= 16) return with_lanes(std::integral_constant<int, 2>());
+    }
+    if constexpr (Tile::dimensions > sm90_d13::dimensions && Tile::dimensions <= sm90_d77::dimensions) {
+        if (columns <= 32) return with_lanes(std::integral_constant<int, 3>());
+        if (columns <= 64) return with_lanes(std::integral_constant<int, 4>());
+    }
+    return with_lanes(std::integral_constant<int, 5>());
 }
 
 /// Many rows: the pipeline, the rows that it left open, and where they are asked for, quantized rows and distances.
@@ -260,7 +268,18 @@ std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const k
     detail::launch_dependent(kernel::settle_rows<X, C>, static_cast<unsigned>(processors * kernel::settle_blocks),
                              kernel::settle_threads, stream, 0, 1, args, tally, scratch.open, static_cast<int>(blocks),
                              static_cast<int>(turns));
-    return kernel::wants_rows(args, tally) ? write_outputs(args, tally, processors, stream) : 0;
+    return kernel::wants_rows(args, tally) ? write_outputs<Tile>(args, tally, processors, stream) : 0;
+}
+
+/// What is asked of `count` rows from `first` on.
+template <class X, class C>
+detail::quantize_args<X, C> rows_of(detail::quantize_args<X, C> a, std::int64_t first, std::int64_t count) {
+    a.x.data = a.x.row(first);
+    a.x.rows = count;
+    a.codes = a.codes.from(first);
+    if (a.quantized) a.quantized.data = a.quantized.row(first);
+    if (a.distances) a.distances.data += first;
+    return a;
 }
 
 /// Whether a search on Hopper's own tensor cores with this tile serves this device and build, and K and D: its operands
@@ -287,10 +306,22 @@ bool quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     if (!scratch.prepared) prepare<Tile::dimensions>(args.codebook, scratch.image, stream);
-    const std::int64_t groups = (args.x.rows - 1) / kernel::row_results::rows + 1;
-    losses = groups <= few_waves * processors
-                 ? quantize_sm90_few<Tile>(args, tally, scratch, exact, groups, processors, stream)
-                 : quantize_sm90_many<Tile>(args, tally, scratch, exact, groups, processors, stream);
+    const std::int64_t groups = (args.x.rows - 1) / kernel::row_results::rows + 1, wave = few_waves * processors;
+    const auto few = [&](std::int64_t first, std::int64_t some) {
+        const std::int64_t rows = std::min(some * kernel::row_results::rows, args.x.rows - first);
+        kernel::search_tally own = tally;
+        if (own.loss) own.loss += losses;
+        losses += quantize_sm90_few<Tile>(rows_of(args, first, rows), own, scratch, exact, some, processors, stream);
+    };
+    losses = 0;
+    if (groups <= wave) {
+        few(0, groups);
+    } else if (takes_few_twice(groups, device::image_ref::tiles(args.codebook.rows), processors)) {
+        few(0, wave);
+        few(wave * kernel::row_results::rows, groups - wave);
+    } else {
+        losses = quantize_sm90_many<Tile>(args, tally, scratch, exact, groups, processors, stream);
+    }
     return true;
 }
 

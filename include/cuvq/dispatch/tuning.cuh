@@ -46,6 +46,12 @@ using sm90_d269 = sm90_tile<17, 3, 3, 3, 2, 2>;
 /// Up to so many groups of 64 rows per processor, `kernel/quantize_sm90_few.cuh` is the faster one.
 inline constexpr int few_waves = 1;
 
+/// Of somewhat more groups, and a codebook of so many tiles of 128 codes, it is the faster one too, in two launches:
+/// `kernel/quantize_sm90.cuh`, where a block takes whole groups, would leave half the card idle.
+constexpr bool takes_few_twice(long long groups, long long tiles, int processors) {
+    return tiles >= 64 && 3 * groups <= 4LL * few_waves * processors;
+}
+
 /// Blocks of it that a card of so many processors holds at once, in clusters of `cluster`: larger clusters do not
 /// come out even in the card's groups of processors (measured on an H100: 66 of 2, 30 of 4, 15 of 8).
 constexpr int few_room(long long cluster, int processors) {
@@ -56,11 +62,9 @@ constexpr int few_room(long long cluster, int processors) {
 /// of the codes, so there are as many as find room at once on a large card.
 inline constexpr int prepare_blocks = 264;
 
-/// `kernel/write_outputs.cuh`: rows of a warp at a time, at most 32, and as many as it has in flight where 32 / d of
-/// them go side by side. Of few wide rows it takes less, so that all warps have some.
-constexpr int output_rows(long long rows, long long dimensions) {
-    return rows >= 1 << 17 || dimensions <= 16 ? 32 : dimensions <= 32 ? 16 : 8;
-}
+/// `kernel/write_outputs.cuh`: rows of a warp at a time, at most 32, of which it has `at_once` in flight. Of few wide
+/// rows it takes less, so that all warps have some.
+constexpr int output_rows(long long rows, int at_once) { return rows >= 1 << 17 ? 32 : at_once < 8 ? 8 : at_once; }
 
 /// `device/nearest_mma.cuh`: a block finds the nearest codes of `rows` rows (64 or 128), `codes` codes (128 or 256) and
 /// 64 columns at a time, with `stages` such slabs of the codebook's image in its shared memory. The rows' fp16 stays

@@ -20,8 +20,8 @@ inline constexpr int step_bits = 48;
 inline constexpr unsigned long long step_mask = (1ull << step_bits) - 1;
 inline constexpr std::int64_t most_ema_blocks = 8192;  // fits above step_bits
 
-/// Blocks of `sum_sizes`, each leaving one partial total.
-inline constexpr int total_parts = 128;
+/// Blocks of `sum_sizes`, each leaving one partial total; and those of `gather_sized`, at most.
+inline constexpr int total_parts = 128, most_total_parts = 512;
 
 /// The number of updates before this one, and the step counter on its way to the next: each of `blocks` blocks calls
 /// this once, by one thread. The last block to come advances the counter, when all others have what they need of it.
@@ -62,34 +62,48 @@ __device__ void update_code(const detail::ema_args<T, R>& a, const ema_params& p
     }
 }
 
+/// Writes the sum of what a block's warps have, in order, to `part`.
+template <int Threads>
+__device__ void leave_total(double of_warp, double* part) {
+    __shared__ double shared[Threads / 32];
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = of_warp;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    double total = 0;
+    for (const double s : shared) total += s;
+    *part = total;
+}
+
+/// The sum of such parts. Whole warp.
+__device__ inline double total_of(const double* parts, int count) {
+    double total = 0;
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < count; i += 32) total += parts[i];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(0xFFFFFFFFu, total, step);
+    return total;
+}
+
 /// Partial sums of the blended cluster sizes, total_parts of them; a warp a code.
 template <int Threads, class T, class R>
 __global__ __launch_bounds__(Threads) void sum_sizes(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
                                                      double* parts) {
-    __shared__ double warp_sum[Threads / 32];
     arch::wait_for_predecessor();
     arch::let_successor_start();
-    const int warp = static_cast<int>(threadIdx.x) / 32;
     double sum = 0;
-    for (std::int64_t k = std::int64_t{blockIdx.x} * (Threads / 32) + warp; k < a.counts.size;
+    for (std::int64_t k = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32; k < a.counts.size;
          k += std::int64_t{gridDim.x} * (Threads / 32)) {
         const float size = device::blended_size(a, p, e, k).size;
         if (isfinite(size)) sum += size;
     }
-    if (threadIdx.x % 32 == 0) warp_sum[warp] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        double total = 0;
-        for (const double s : warp_sum) total += s;
-        parts[blockIdx.x] = total;
-    }
+    leave_total<Threads>(sum, parts + blockIdx.x);
 }
 
-/// The whole update; a warp a code. `parts`: from `sum_sizes`, or null where no total is needed. With an image to
-/// refresh, if `Keeps`, one block more.
+/// The whole update; a warp a code. `parts`: `part_count` of the total of the blended sizes, where that is needed. With
+/// an image to refresh, if `Keeps`, one block more.
 template <int Threads, bool Keeps, class T, class R>
 __global__ __launch_bounds__(Threads) void ema_apply(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
-                                                     const double* parts, ema_tally tally, image_refresh refresh) {
+                                                     const double* parts, int part_count, ema_tally tally,
+                                                     image_refresh refresh) {
     __shared__ std::int64_t shared_step;
     arch::wait_for_predecessor();
     arch::let_successor_start();
@@ -103,14 +117,45 @@ __global__ __launch_bounds__(Threads) void ema_apply(detail::ema_args<T, R> a, e
     }
     const std::int64_t first = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32;
     if (first < a.counts.size) touch_code(a.state, first);
-    if (parts)
-        for (int i = 0; i < total_parts; ++i) e.total += parts[i];
+    if (part_count > 0) e.total = total_of(parts, part_count);
     __syncthreads();
     e.step = shared_step;
     for (std::int64_t k = first; k < a.counts.size; k += blocks * (Threads / 32)) {
         update_code(a, p, e, k, tally);
         if constexpr (Keeps) refresh.write_row(a.state.codebook, k, e.step);
     }
+}
+
+/// An update's arrays, with the count and sum of the block's c-th code, which is k, where `gather_codes` has left them.
+template <class Tile, class T, class R>
+__device__ detail::ema_args<T, R> gathered_args(detail::ema_args<T, R> update, const gather_storage<Tile>& shared,
+                                                std::int64_t c, std::int64_t k) {
+    const std::int64_t codes = update.state.codebook.rows, columns = update.state.codebook.columns;
+    const int stride = gather_stride(columns);
+    update.counts = {shared.count + c - k, codes};
+    update.sums = {shared.sum + (c - k) * stride, codes, columns, stride};
+    return update;
+}
+
+/// `gather` and `sum_sizes` of a small batch: as many parts as blocks.
+template <class Tile, class T, class X>
+__global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather_sized(
+    detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p, device::ema_step e,
+    int block_bits, bool vectors, bool checks, double* parts, unsigned long long* invalid_rows) {
+    __shared__ gather_storage<Tile> shared;
+    open_gather(shared);
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
+    const auto codes = gathered_codes::of<Tile>(a.sums.rows, block_bits);
+    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows, [] {});
+    put_gathered(shared, a, codes, false);
+    double sum = 0;
+    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
+        const std::int64_t k = codes.code(c);
+        const float size = device::blended_size(gathered_args(update, shared, c, k), p, e, k).size;
+        if (isfinite(size)) sum += size;
+    }
+    leave_total<Tile::threads>(sum, parts + blockIdx.x);
 }
 
 /// `gather` and `ema_apply` of a small batch, where no total is needed. A block takes 2^block_bits codes, then a warp a
@@ -128,7 +173,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
     arch::wait_for_predecessor();
     arch::let_successor_start();
     const std::int64_t all_codes = update.state.codebook.rows;
-    const int columns = static_cast<int>(a.x.columns), stride = gather_stride(columns);
+    const int columns = static_cast<int>(a.x.columns);
     if (threadIdx.x == Tile::threads - 1) shared_step = take_step(update.state.step, blocks + (refresh ? 1 : 0));
     if (blockIdx.x == blocks) {
         __shared__ typename cub::BlockReduce<double, Tile::threads>::TempStorage storage;
@@ -146,9 +191,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
     if (counts && threadIdx.x < codes.own_count) counts[codes.code(threadIdx.x)] = shared.count[threadIdx.x];
     for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
         const std::int64_t k = codes.code(c);
-        update.counts = {shared.count + c - k, all_codes};
-        update.sums = {shared.sum + (static_cast<std::int64_t>(c) - k) * stride, all_codes, columns, stride};
-        update_code(update, p, e, k, tally);
+        update_code(gathered_args(update, shared, c, k), p, e, k, tally);
         if (refresh) refresh.write_row(update.state.codebook, k, e.step);
     }
 }

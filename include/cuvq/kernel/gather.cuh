@@ -389,6 +389,19 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
     }
 }
 
+/// Writes what `gather_codes` has summed to counts and sums, or `add`s it there.
+template <class Tile, class X>
+__device__ void put_gathered(const gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
+                             const gathered_codes& codes, bool add) {
+    const int columns = static_cast<int>(a.x.columns), stride = gather_stride(columns);
+    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
+        const std::int64_t k = codes.code(c);
+        for (int d = static_cast<int>(threadIdx.x) % 32; d < columns; d += 32)
+            put(a.sums.row(k)[d], shared.sum[c * stride + d], add);
+        if (threadIdx.x % 32 == 0) put(a.counts[k], shared.count[c], add);
+    }
+}
+
 /// Counts and sums of a small batch. A block takes 2^block_bits codes.
 template <class Tile, class X>
 __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather(detail::accumulate_args<X> a, row_source source,
@@ -400,13 +413,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather(detail::ac
     arch::let_successor_start();
     const auto codes = gathered_codes::of<Tile>(a.sums.rows, block_bits);
     gather_codes(shared, a, source, codes, vectors, checks, invalid_rows, [] {});
-    const int columns = static_cast<int>(a.x.columns), stride = gather_stride(columns);
-    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
-        const std::int64_t k = codes.code(c);
-        for (int d = static_cast<int>(threadIdx.x) % 32; d < columns; d += 32)
-            put(a.sums.row(k)[d], shared.sum[c * stride + d], add);
-        if (threadIdx.x % 32 == 0) put(a.counts[k], shared.count[c], add);
-    }
+    put_gathered(shared, a, codes, add);
 }
 
 }  // namespace cuvq::kernel

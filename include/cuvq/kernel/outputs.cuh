@@ -72,7 +72,14 @@ __device__ void write_codes(const detail::quantize_args<X, C>& a, const search_t
     if (lane < count && code != row_left_open) write_code(a, tally, first + lane * step, code);
 }
 
-/// Sums of `Count` values over `lanes` lanes, at least so many: lane l of these has the one of v[l * Count / lanes].
+/// Sum of squares of four columns, always in the same order.
+__device__ inline float square_of(const float4& x, const float4& c) {
+    const float4 e{x.x - c.x, x.y - c.y, x.z - c.z, x.w - c.w};
+    return fmaf(e.x, e.x, e.y * e.y) + fmaf(e.z, e.z, e.w * e.w);
+}
+
+/// Sums of `Count` values over `lanes` lanes, at least so many, both powers of two: lane l of these gets that of
+/// v[l * Count / lanes]. Leaves v changed.
 template <int Count>
 __device__ float sum_shares(float (&v)[Count], int lanes) {
     constexpr unsigned all = 0xFFFFFFFFu;
@@ -112,7 +119,8 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
         const std::int64_t k = __shfl_sync(all, code, r & 31);
         const bool has_code = r < count && k >= 0, wanted = owner && r < count && k != row_left_open;
         double distance = has_code ? sum : nan;
-        // In float each lane's sums add up at most D / 128 squares: good to the promised error within these limits.
+        // In float each lane's sums add up at most D / 32 squares, or four: good to the promised error within these
+        // limits.
         const bool doubtful = has_code && !(sum >= 0x1p-80f && sum <= 0x1p126f && columns <= 4096);
         for (unsigned again = __ballot_sync(all, doubtful && owner); again != 0; again &= again - 1) {
             const int which = __ffs(again) - 1, own_row = __shfl_sync(all, r, which);
@@ -138,14 +146,7 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
             from[b] = reinterpret_cast<const C*>(__shfl_sync(all, reinterpret_cast<unsigned long long>(own_from), r));
             plain = plain && from[b] != nullptr;
         }
-        float sums[batch][4] = {};
-        const auto add = [&](int b, const float4& x, const float4& c) {
-            const float4 e{x.x - c.x, x.y - c.y, x.z - c.z, x.w - c.w};
-            sums[b][0] = fmaf(e.x, e.x, sums[b][0]);
-            sums[b][1] = fmaf(e.y, e.y, sums[b][1]);
-            sums[b][2] = fmaf(e.z, e.z, sums[b][2]);
-            sums[b][3] = fmaf(e.w, e.w, sums[b][3]);
-        };
+        float sums[batch] = {};
         // Of a lane's rows, b is there if b * rows is below `left`; a row that is not there counts as open.
         const int left = count - base - start;
         const auto is_open = [&](int b) { return b * rows >= left || open >> (base + start + b * rows) & 1; };
@@ -170,7 +171,7 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
                     if (a.quantized && !is_open(b)) store4(to[b] + d, c[b]);
                 if (!wants_distance) continue;
 #pragma unroll
-                for (int b = 0; b < batch; ++b) add(b, x[b], c[b]);
+                for (int b = 0; b < batch; ++b) sums[b] += square_of(x[b], c[b]);
             }
         } else {
 #pragma unroll 1
@@ -182,7 +183,7 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
                     float4 c{nan, nan, nan, nan};
                     if (from[b]) {
                         c = device::load4(from[b], d, columns);
-                        if (wants_distance) add(b, device::load4(a.x.row(r), d, columns), c);
+                        if (wants_distance) sums[b] += square_of(device::load4(a.x.row(r), d, columns), c);
                     }
                     if (!a.quantized) continue;
                     X* to = a.quantized.row(r) + d;
@@ -194,17 +195,14 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
             }
         }
         if (!wants_distance) continue;
-        float sum[batch];
-#pragma unroll
-        for (int b = 0; b < batch; ++b) sum[b] = (sums[b][0] + sums[b][1]) + (sums[b][2] + sums[b][3]);
         if (lanes >= batch) {  // a row for each quarter of the lanes
             const int b = (lane & (lanes - 1)) >> (bits - 2);
-            put_distance(base + b * rows + start, sum_shares(sum, lanes), (lane & (lanes / batch - 1)) == 0);
+            put_distance(base + b * rows + start, sum_shares(sums, lanes), (lane & (lanes / batch - 1)) == 0);
         } else {
 #pragma unroll
             for (int b = 0; b < batch; ++b) {
-                if (lanes == 2) sum[b] += __shfl_xor_sync(all, sum[b], 1);
-                put_distance(base + b * rows + start, sum[b], column == 0);
+                if (lanes == 2) sums[b] += __shfl_xor_sync(all, sums[b], 1);
+                put_distance(base + b * rows + start, sums[b], column == 0);
             }
         }
     }

@@ -15,42 +15,48 @@
 
 namespace cuvq::kernel {
 
-/// Whether `write_outputs` can take four columns at a time, and add up their squares in float.
+/// Of rows in vectors, blocks on a multiprocessor.
+inline constexpr int outputs_blocks = 3;
+
+/// Whether `write_outputs` can take four columns at a time.
 template <class X, class C>
 bool has_vector_rows(const detail::quantize_args<X, C>& a) {
-    return a.x.columns % 4 == 0 && a.x.columns <= 4096 && has_aligned_rows(a.x) && has_aligned_rows(a.codebook) &&
+    return a.x.columns % 4 == 0 && has_aligned_rows(a.x) && has_aligned_rows(a.codebook) &&
            (!a.quantized || has_aligned_rows(a.quantized));
 }
 
-/// Quantized row and distance of a row, whatever it holds; the distance, if anybody asks, is returned too. By a warp.
+/// The outputs that `write_vector_rows` does not get right: the quantized row of a row without a code, and the distance
+/// of any, which is returned too, if it is wanted. By a warp.
 template <class X, class C>
 __device__ double write_row(const detail::quantize_args<X, C>& a, bool wants_distance, std::int64_t row,
                             std::int64_t code) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const float nan = __int_as_float(0x7FC00000);
-    if (a.quantized)
-        for (std::int64_t d = lane; d < a.x.columns; d += 32)
-            a.quantized.row(row)[d] = static_cast<X>(code < 0 ? nan : static_cast<float>(a.codebook.row(code)[d]));
+    if (a.quantized && code < 0)
+        for (std::int64_t d = lane; d < a.x.columns; d += 32) a.quantized.row(row)[d] = static_cast<X>(nan);
     if (!wants_distance) return 0;
     const double distance = code < 0 ? nan : device::exact_distance(a.x.row(row), a.codebook.row(code), a.x.columns);
     if (a.distances && lane == 0) a.distances[row] = static_cast<float>(distance);
     return distance;
 }
 
+/// Rows that 2^Bits lanes each have in flight, all of a warp together.
+template <int Bits>
+inline constexpr int rows_at_once = (32 >> Bits) * (Bits < 2 ? 1 << Bits : 4);
+
 /// Quantized rows and distances of `rows` rows from `first` on, of which lane r holds the code of the r-th one, -1 if
 /// it has none. By a warp, 2^Bits lanes to a row, four columns each. The first `seen` rows are another warp's as well,
-/// and add nothing to the loss.
+/// and add nothing to the loss. Distances are bitwise those of `write_rows`.
 template <int Bits, class X, class C>
 __device__ void write_vector_rows(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t first,
                                   int rows, int seen, int code, double& loss) {
     constexpr unsigned all = 0xFFFFFFFFu;
-    constexpr int lanes = 1 << Bits, together = 32 >> Bits, batch = lanes < 4 ? lanes : 4;
+    constexpr int lanes = 1 << Bits, together = 32 >> Bits, batch = rows_at_once<Bits> / together;
     const int lane = static_cast<int>(threadIdx.x) % 32, start = lane >> Bits, column = lane & (lanes - 1);
     const int columns = static_cast<int>(a.x.columns);
     const bool wants_distance = a.distances || tally.loss != nullptr;
-    const unsigned without = __ballot_sync(all, code < 0 && lane < rows);
-    unsigned again = without;  // rows to be written by `write_row`
-    const std::int64_t own = (code < 0 ? 0 : code) * a.codebook.stride;
+    unsigned again = __ballot_sync(all, code < 0 && lane < rows);  // rows for `write_row`
+    const int known = max(code, 0);
     const X* x_row = a.x.row(first + start);
     X* quantized_row = a.quantized ? a.quantized.row(first + start) : nullptr;
     const std::int64_t x_step = together * a.x.stride, quantized_step = together * a.quantized.stride;
@@ -59,7 +65,7 @@ __device__ void write_vector_rows(const detail::quantize_args<X, C>& a, const se
         float sums[batch] = {};
         const C* codes[batch];
 #pragma unroll
-        for (int b = 0; b < batch; ++b) codes[b] = a.codebook.data + __shfl_sync(all, own, base + b * together + start);
+        for (int b = 0; b < batch; ++b) codes[b] = a.codebook.row(__shfl_sync(all, known, base + b * together + start));
 #pragma unroll 1
         for (int d = 4 * column; d < columns; d += 4 * lanes) {
             float4 x[batch], c[batch];
@@ -73,25 +79,22 @@ __device__ void write_vector_rows(const detail::quantize_args<X, C>& a, const se
                 if (a.quantized) store4(quantized_row + b * quantized_step + d, c[b]);
             if (!wants_distance) continue;
 #pragma unroll
-            for (int b = 0; b < batch; ++b) {
-                const float4 e{x[b].x - c[b].x, x[b].y - c[b].y, x[b].z - c[b].z, x[b].w - c[b].w};
-                sums[b] += fmaf(e.x, e.x, e.y * e.y) + fmaf(e.z, e.z, e.w * e.w);
-            }
+            for (int b = 0; b < batch; ++b) sums[b] += square_of(x[b], c[b]);
         }
         x_row += batch * x_step;
         quantized_row += batch * quantized_step;
-        __syncwarp();
+        __syncwarp();  // lanes beyond the last column wait for the others here, not in a shuffle
         if (!wants_distance) continue;
         const float sum = sum_shares(sums, lanes);
         if (column % (lanes / batch) != 0) continue;
         const int r = base + column / (lanes / batch) * together + start;
-        // In float each lane adds up at most D / 32 squares: good to the promised error within these limits.
+        // As in write_rows. Where a row has no code, it or all of the codebook is not finite, and so is the sum.
         const bool sound = sum >= 0x1p-80f && sum <= 0x1p126f;
         if (!sound) again |= 1u << r;
         if (a.distances) a.distances[first + r] = sum;
-        if (tally.loss && sound && r >= seen && !(without >> r & 1)) loss += sum;
+        if (tally.loss && sound && r >= seen) loss += sum;
     }
-    __syncwarp();
+    __syncwarp();  // what was stored above is stored before what `write_row` puts in its place
     if (!__any_sync(all, again != 0)) return;
     for (int r = 0; r < rows; ++r) {
         if (!__any_sync(all, again >> r & 1)) continue;
@@ -119,9 +122,9 @@ __device__ std::int64_t resolve_codes(const detail::quantize_args<X, C>& a, std:
 }
 
 /// Quantized rows and distances, from codes that are there already: of `rows` <= 32 rows at a time by a warp. Leaves a
-/// partial loss per warp. Bits: as write_vector_rows, with `rows` a multiple of what that takes at a time, and not more
-/// than there are; or -1 where not `has_vector_rows`. Of vectors, warps of three blocks on a multiprocessor keep memory
-/// busier than what more registers would do.
+/// partial loss per warp. Bits: as write_vector_rows, with `rows` a multiple of `rows_at_once` and not more than there
+/// are; or -1 where not `has_vector_rows`. Of vectors, warps of three blocks on a multiprocessor keep memory busier
+/// than what more registers would do.
 template <int Bits, class X, class C>
 __global__ __launch_bounds__(outputs_threads,
                              Bits < 0 ? 2 : 3) void write_outputs(const __grid_constant__ detail::quantize_args<X, C> a,
