@@ -30,8 +30,9 @@ for test in "${tests[@]}"; do
     [ -x "$test" ] || fail "no $test: the build in $build is not whole, or was made without a CUDA compiler"
 done
 
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+log=$logs/log
 passed=0 skipped=0 failed=0
 # Adds up what GoogleTest printed to $log; a program that did not get to its closing lines counts as one failure.
 count() {
@@ -60,36 +61,48 @@ done
 # has TEST FILTER: whether there are such tests.
 has() { [ -n "$("$1" --gtest_list_tests --gtest_filter="$2" | grep '^  ')" ]; }
 
-# sanitize TOOL TEST FILTER: adds the tests that passed under it to $checked.
-sanitize() {
-    printf '== %s %s\n' "$1" "${2##*/}"
-    if compute-sanitizer --tool "$1" --error-exitcode 9 "$2" --gtest_filter="$3" >"$log" 2>&1; then
-        local n
-        n=$(sed -n 's/^\[  PASSED  \] \([0-9]*\) tests\?\.$/\1/p' "$log")
-        checked=$((checked + ${n:-0}))
-    else
-        grep -E '=========|FAILED|Failure' "$log" | head -n 40
-        failed=$((failed + 1))
-    fi
+# start TOOL TEST FILTER: runs these tests under a tool of compute-sanitizer, four such runs at a time.
+runs=()
+start() {
+    while [ "$(jobs -rp | wc -l)" -ge 4 ]; do wait -n; done
+    local run=$logs/${#runs[@]}
+    runs+=("$1 ${2##*/}")
+    {
+        compute-sanitizer --tool "$1" --error-exitcode 9 "$2" --gtest_filter="$3" >"$run" 2>&1
+        echo $? >"$run.status"
+    } &
 }
 
 if command -v compute-sanitizer >/dev/null; then
-    checked=0
     for test in "${tests[@]}"; do
-        if has "$test" '*Small*'; then sanitize memcheck "$test" '*Small*'; fi
+        if has "$test" '*Small*'; then start memcheck "$test" '*Small*'; fi
     done
-    sanitized="$checked under memcheck"
-    checked=0
     for name in quantize_test:QuantizeTypesSmall/float_float_codebook.NormalData \
         quantize_test:QuantizeSmall.RowsNearSeveralEqualCodes \
+        quantize_test:QuantizeSmall.RowsThatAClusterSettlesTogether \
         device.nearest_mma_test:NearestMmaSmall.AnImageOfFewRowsOverAndOver \
         accumulate_test:AccumulateTypesSmall/float.WithBadCodesNanRowsAndBadWeights \
         ema_test:EmaSmall.OddDimensions train_step_test:TrainStepSmall.OddDimensions; do
         test=$build/tests/${name%%:*}
         has "$test" "${name#*:}" || fail "no test $name"
-        sanitize racecheck "$test" "${name#*:}"
+        start racecheck "$test" "${name#*:}"
     done
-    sanitized="$sanitized, $checked under racecheck"
+    wait
+    memcheck=0 racecheck=0
+    for i in "${!runs[@]}"; do
+        printf '== %s\n' "${runs[i]}"
+        if [ "$(cat "$logs/$i.status")" = 0 ]; then
+            n=$(sed -n 's/^\[  PASSED  \] \([0-9]*\) tests\?\.$/\1/p' "$logs/$i")
+            case ${runs[i]} in
+            memcheck*) memcheck=$((memcheck + ${n:-0})) ;;
+            *) racecheck=$((racecheck + ${n:-0})) ;;
+            esac
+        else
+            grep -E '=========|FAILED|Failure' "$logs/$i" | head -n 40
+            failed=$((failed + 1))
+        fi
+    done
+    sanitized="$memcheck under memcheck, $racecheck under racecheck"
 else
     sanitized="compute-sanitizer not found: no memcheck, no racecheck"
     failed=$((failed + 1))

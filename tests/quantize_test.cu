@@ -692,6 +692,37 @@ TEST_F(QuantizeSmall, SumsThatLoseWhatTheirOrderSays) {
     }
 }
 
+TEST_F(QuantizeSmall, RowsThatAreSubnormalInHalfPrecision) {
+    // Like the last, where rows are as small as half precision goes, and exact there: what a sum may lose is then more
+    // than a share of its terms, since tensor cores take subnormal numbers for 2^-14 when they align products. Of the
+    // two codes near a row, one has seven products below what is kept, the other one that is kept and smaller than
+    // those together. The last four columns, where rows are 0, make all codes equally long, to the last bit.
+    constexpr std::int64_t d = 13;
+    constexpr float small = 0x1p-14f, rests[2][4] = {{44, 7, 0, 0}, {32, 16, 16, 16}};
+    matrix<float> x(16, d), codebook(32, d);
+    for (std::int64_t i = 0; i < 16; ++i) {
+        const float sign = i % 2 ? -1 : 1;  // each beside its negative, so that the centre is 0
+        const auto at = [&](std::int64_t j) { return (i / 2 + j) % d; };
+        for (std::int64_t j = 0; j <= 8; ++j) x(i, at(j)) = sign * (j == 0 ? 2 : 1) * 0x1p-24f;
+        for (std::int64_t k = 0; k < 2; ++k) {
+            const std::int64_t code = i / 2 * 4 + 2 * k + i % 2;
+            codebook(code, at(0)) = sign * 8;
+            if (k == 0)
+                for (std::int64_t j = 1; j <= 7; ++j) codebook(code, at(j)) = sign * 3 * small;
+            else
+                codebook(code, at(8)) = sign * 16 * small;
+            for (std::int64_t j = 0; j < 4; ++j) codebook(code, at(9 + j)) = sign * rests[k][j] * small;
+        }
+    }
+    const auto got = expect_exact(x, codebook);
+    search_memory<float, float> memory(x, codebook);
+    if (!quantize_many(memory.x.view(), memory.codebook.view(), memory.codes.view())) return;
+    memory.params.accuracy = accuracy::fast;  // on Hopper, by sums alone
+    memory.run();
+    const auto fast = memory.outcome();
+    for (std::size_t i = 0; i < 16; ++i) EXPECT_NE(fast.codes[i], got.codes[i]) << "this tests nothing: row " << i;
+}
+
 TEST_F(QuantizeSmall, NearTiesOfOneUlp) {
     random_source random;
     // Codes on both sides of x, at distances that differ in the last place of one coordinate.
