@@ -135,8 +135,8 @@ void ema_apply(const State& state, const CountsView& counts, const SumsView& sum
     }
 }
 
-/// Bytes of workspace that `ema_update` takes for this shape and these params: those of `accumulate`, and one copy of
-/// the codebook.
+/// Bytes of workspace that `ema_update` takes for this shape and these params: those of `accumulate`, one copy of the
+/// codebook, and 4 KB where the rule or the dead-code rule wants the total of the cluster sizes.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t ema_update_workspace_bytes(const shape& s, const ema_params& params = {}) {
     detail::check_shape("ema_update_workspace_bytes", s);

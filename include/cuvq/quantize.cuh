@@ -69,8 +69,8 @@ inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_param
 /// @throws std::invalid_argument naming the argument, before any launch: shapes that do not match, null or misaligned
 ///         pointers, outputs that overlap other arguments, K = 0 or D = 0, codes too narrow for K, workspace too
 ///         small, a Tile that this device, build, K or D has no use for. cuvq::cuda_error if a CUDA call fails.
-/// Deterministic: equal inputs give bitwise equal outputs; exact codes also on every card. O(N K D) time, no N x K
-/// memory. With N = 0 no output is touched.
+/// Deterministic: equal inputs give bitwise equal outputs, however rows are aligned, but for the last bits of
+/// `commitment_loss`; exact codes also on every card. O(N K D) time, no N x K memory. With N = 0 no output is touched.
 /// Source: van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2017, eq. 1 and 2.
 template <class Tile = automatic_tile, class XView, class CodebookView, class CodesView,
           class QuantizedView = discard_t, class DistancesView = discard_t>

@@ -140,10 +140,11 @@ __global__ void compiled_paths(int* has) {
 }
 
 /// What `score_error` charges for the sums of rows of length |X^| = lengths[i] with codes of norm |C^| and offset |n|
-/// that are the only ones of their codebook and, like the rows, are fp16 as they stand.
-__global__ void charges(const float* lengths, const float* norms, const float* offsets, int steps, float* errors) {
+/// that are the only ones of their codebook and, like the rows, are fp16 as they stand; t = `factor`.
+__global__ void charges(const float* lengths, const float* norms, const float* offsets, float factor, int steps,
+                        float* errors) {
     const int i = static_cast<int>(blockIdx.x), k = static_cast<int>(threadIdx.x);
-    errors[i * tile_codes + k] = device::score_error(lengths[i], 0, 1, {norms[k], 0, offsets[k], 0}, steps);
+    errors[i * tile_codes + k] = device::score_error(lengths[i], 0, factor, {norms[k], 0, offsets[k], 0}, steps);
 }
 
 /// Bytes, a multiple of 16, for a whole block.
@@ -237,15 +238,17 @@ public:
     }
     bool none() const { return paths_.empty(); }
 
-    /// No score of 64 rows with 128 codes is further from the exact sum than `score_error` says. With an offset, the
-    /// last three columns of the rows are ones and those of the codes n, which are bounded apart from the rest. Where
-    /// `is_lossy(row, code)`, float cannot hold the sum.
+    /// No score of 64 rows with 128 codes is further from the exact sum than `score_error` says. If `factor`, that is
+    /// what the last three columns of the rows hold, and those of the codes hold n, which are bounded apart from the
+    /// rest. Where `is_lossy(row, code)`, float cannot hold the sum.
     template <class IsLossy>
-    void expect_within_charge(const matrix<__half>& rows, const matrix<__half>& codes, bool offset, IsLossy is_lossy) {
+    void expect_within_charge(const matrix<__half>& rows, const matrix<__half>& codes, float factor, IsLossy is_lossy) {
+        const bool offset = factor > 0;
         const auto x = wide(rows), c = wide(codes);
         const device_array<float> errors(tile_rows * tile_codes);
         const device_array<float> lengths(norms_of(x, offset)), norms(norms_of(c, offset)), ns(offsets_of(c, offset));
-        charges<<<tile_rows, tile_codes>>>(lengths.data(), norms.data(), ns.data(), Steps, errors.data());
+        charges<<<tile_rows, tile_codes>>>(lengths.data(), norms.data(), ns.data(), offset ? factor : 1, Steps,
+                                           errors.data());
         check(cudaGetLastError());
         const auto charged = errors.download();
         std::vector<double> exact;  // as products of halves are; summing up, double is 2^29 times finer than float
@@ -322,17 +325,17 @@ void expect_sums_with_one_large_product(tile_sums<Steps>& sums, float large_x, f
             const auto c = matrix<__half>::generate(tile_codes, columns, [&](auto k, auto d) {
                 return is_large(k / 2, d) ? (k % 2 ? -large_c : large_c) : sign * small_c;
             });
-            sums.expect_within_charge(x, c, false, [](int i, int k) { return i == k / 2; });
+            sums.expect_within_charge(x, c, 0, [](int i, int k) { return i == k / 2; });
             if (testing::Test::HasFatalFailure()) return;
         }
 }
 
-/// Mixed magnitudes, more or less, with offsets of all sizes in three halves.
+/// Mixed magnitudes, more or less, without and with offsets of all sizes in three halves, times t.
 template <int Steps>
 void expect_random_sums(tile_sums<Steps>& sums, random_source& random) {
     constexpr int columns = sums.columns;
     for (const int span : {0, 4, 12})
-        for (const bool offset : {false, true})
+        for (const float factor : {0.0f, 1.0f, 0x1p-10f, 0x1p-20f})
             for (int round = 0; round < 4; ++round) {
                 const auto mixed = [&](std::int64_t rows) {
                     return matrix<__half>::generate(rows, columns, [&, row = 0](auto, auto d) mutable {
@@ -341,16 +344,16 @@ void expect_random_sums(tile_sums<Steps>& sums, random_source& random) {
                     });
                 };
                 auto rows = mixed(tile_rows), codes = mixed(tile_codes);
-                for (std::int64_t i = 0; offset && i < rows.rows; ++i)
-                    for (int p = 3; p > 0; --p) rows(i, columns - p) = __float2half_rn(1.0f);
-                for (std::int64_t k = 0; offset && k < codes.rows; ++k) {
+                for (std::int64_t i = 0; factor > 0 && i < rows.rows; ++i)
+                    for (int p = 3; p > 0; --p) rows(i, columns - p) = __float2half_rn(factor);
+                for (std::int64_t k = 0; factor > 0 && k < codes.rows; ++k) {
                     double n = std::ldexp(random.normal(), static_cast<int>(random.integer(-12, 12)));
                     for (int p = 3; p > 0; --p) {
                         codes(k, columns - p) = __float2half_rn(static_cast<float>(n));
                         n -= static_cast<double>(codes.at(k, columns - p));
                     }
                 }
-                sums.expect_within_charge(rows, codes, offset, [](int, int) { return false; });
+                sums.expect_within_charge(rows, codes, factor, [](int, int) { return false; });
                 if (testing::Test::HasFatalFailure()) return;
             }
 }
@@ -361,8 +364,10 @@ void expect_sums_within_charge(random_source& random) {
     if (sums.none()) GTEST_SKIP() << "no tensor cores of sm_80 or later";
     for (int bit = 20; bit <= 26 && !testing::Test::HasFatalFailure(); ++bit) {
         expect_sums_with_one_large_product(sums, 1, half_below(-(bit / 2)), 1, half_below(bit / 2 - bit));
-        // Rows that are subnormal in fp16: their products are smaller than exponents alone tell.
-        if (bit <= 24) expect_sums_with_one_large_product(sums, 0x1p-18f, 0x1p-24f, 0x1p5f, half_below(11 - bit));
+        if (bit > 24) continue;
+        // Rows, or codes, that are subnormal in fp16: their products are smaller than exponents alone tell.
+        expect_sums_with_one_large_product(sums, 0x1p-18f, 0x1p-24f, 0x1p5f, half_below(11 - bit));
+        expect_sums_with_one_large_product(sums, 0x1p5f, half_below(11 - bit), 0x1p-18f, 0x1p-24f);
     }
     expect_random_sums(sums, random);
     sums.report();

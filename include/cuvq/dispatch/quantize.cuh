@@ -82,8 +82,8 @@ inline arch::slab_layout image_layout(std::int64_t dimensions) {
     return layout;
 }
 
-/// Room for the image of a codebook, wherever a tensor-core search could want one. Per code: for D up to 13, 77, 141,
-/// 269, so many bytes: 32, 160, 288, 544; beyond, 2 D + 6 and at most 62 more.
+/// Room for the image of a codebook, wherever a tensor-core search could want one. Per code, of whole tiles: for D up
+/// to 13, 77, 141, 269, so many bytes: 33, 161, 289, 545; beyond, 2 D + 7 and at most 62 more.
 inline kernel::codebook_image take_image(detail::carver& c, std::int64_t codes, std::int64_t dimensions) {
     kernel::codebook_image image{};
     if (!has_image(codes, dimensions)) return image;
