@@ -4,8 +4,9 @@
 
 usage: results.py FILE.json...      cuts files that cuvq_bench wrote to what is read of them, in place: no name of the
                                     machine, no paths, one row to a line
-       results.py --median OUT FILE.json...   leaves, as OUT, of several runs the one that took cuvq neither the least
-                                    time nor the most, on the geometric mean; the files are gone
+       results.py --median OUT FILE.json...   leaves, as OUT, of several runs of the same rows the one in the middle, by
+                                    the geometric mean of cuvq's times; the files are gone. Runs that were cut short
+                                    do not count
        results.py --ratios DIRECTORY   gives the rows of cuvq in the files of one run the counters vs_PEER for those
                                     peers that peers.py timed, and those peers' rows GB/s and of_ceiling
 """
@@ -190,7 +191,7 @@ class Results:
         if context.get("date"):
             parts.append(context["date"][:10])
         if context.get("runs"):
-            parts.append(f"the median of {context['runs'].split(',')[0]} runs")
+            parts.append(f"of single precision the median of {context['runs']} runs")
         return ", ".join(parts)
 
 
@@ -258,20 +259,17 @@ def add_ratios(directory):
 
 
 def keep_median(out, paths):
-    """Of runs of the same rows, the one in the middle; of an even number, the faster of the two there."""
-    times = []
+    """Of an even number of runs, the slower of the two in the middle."""
+    runs = []  # (rows that ran, their sum of logarithms for cuvq, content)
     for path in paths:
-        rows = map(parse_row, load(path)["benchmarks"])
-        times.append({row.key: row.us for row in rows if row.who == "cuvq" and row.us})
-    shared = set.intersection(*map(set, times))
-    if not shared:
-        die(f"{' '.join(paths)}: no row of cuvq is in all of them")
-    order = sorted(range(len(paths)), key=lambda i: sum(math.log(times[i][key]) for key in shared))
-    kept = paths[order[(len(paths) - 1) // 2]]
-    content = load(kept)
-    if len(paths) > 1:
-        content["context"]["runs"] = f"{len(paths)}, of which this is the median"
-    write(out, content["context"], content["benchmarks"])
+        content = load(path)
+        rows = [row for row in map(parse_row, content["benchmarks"]) if row.us]
+        runs.append((len(rows), sum(math.log(row.us) for row in rows if row.who == "cuvq"), content))
+    whole = sorted((run for run in runs if run[0] == max(r[0] for r in runs)), key=lambda run: run[1])
+    kept = whole[len(whole) // 2][2]
+    if len(whole) > 1:
+        kept["context"]["runs"] = len(whole)
+    write(out, kept["context"], kept["benchmarks"])
     for path in paths:
         if not pathlib.Path(path).samefile(out):
             pathlib.Path(path).unlink()

@@ -8,7 +8,7 @@
 # usage: bench/run_gpu.sh [build-dir [output-dir]]     (default: build/bench, bench/results)
 #
 # Environment: BUDGET is the number of seconds (default: 570, so that all ends before 590); RUNS is how often single
-# precision is measured, of which the median run is kept (default: 1, at most 3); CUVQ_COMMIT names the commit where git
+# precision is measured, 1 (the default) or 3, of which the median run is kept; CUVQ_COMMIT names the commit where git
 # cannot; PYTHON is the interpreter that has PyTorch (default: python3). Peers in Python take part as far as they are
 # installed: PyTorch, flash-kmeans, vector-quantize-pytorch, and RecTokens on PYTHONPATH.
 set -euo pipefail
@@ -36,9 +36,9 @@ esac
 
 runs=${RUNS:-1}
 case $runs in
-[123]) ;;
+1 | 3) ;;
 *)
-    echo "run_gpu.sh: RUNS: got $runs; wants 1, 2 or 3" >&2
+    echo "run_gpu.sh: RUNS: got $runs; wants 1 or 3" >&2
     exit 2
     ;;
 esac
@@ -101,7 +101,11 @@ measure() {
     local file=$out/$1.json
     run "$1" "$2" "$bench" --time=0.05 "${@:3}" --benchmark_out="$file" --benchmark_out_format=json \
         --benchmark_context=commit="$commit",driver="$driver"
-    if [ -e "$file" ]; then "$python" "$root/bench/results.py" "$file" || failed=1; fi
+    [ -e "$file" ] || return 0
+    if ! "$python" "$root/bench/results.py" "$file"; then
+        failed=1
+        rm -f "$file"
+    fi
 }
 
 # Single precision, then the peers, and the other types with what is left. RecTokens alone takes minutes to tune itself.

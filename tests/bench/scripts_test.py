@@ -112,6 +112,14 @@ class ResultsTest(WithResults):
         self.assertEqual(kept.us("quantize", "cuvq", (8, 2, 4), variant="codes"), 3.0)
         self.assertIn("the median of 3 runs", kept.run_text())
 
+    def test_a_run_that_was_cut_short_is_no_median(self):
+        whole, short = self.directory / "whole.json", self.directory / "short.json"
+        results.write(whole, {}, OWN)
+        results.write(short, {}, [row(OWN[0]["name"], 1.0), *(skipped(entry["name"]) for entry in OWN[1:])])
+        results.main(["--median", str(whole), str(short), str(whole)])
+        self.assertFalse(short.exists())
+        self.assertEqual(len(results.load(whole)["benchmarks"]), len(OWN))
+
     def test_aggregates_of_repetitions_are_no_rows(self):
         path = self.directory / "a.json"
         path.write_text(json.dumps({"context": {}, "benchmarks": [
