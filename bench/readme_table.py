@@ -266,7 +266,7 @@ def pytorch_forms(rows):
 def block(rows, directory, readme):
     if not rows:
         return NO_RUN
-    parts = [f"Medians in µs; {rows.run_text()}. `bench/run_gpu.sh` repeats the run; `cuvq_bench --help` says how each "
+    parts = [f"Medians in µs; {rows.run_text()}. `RUNS=3 bench/run_gpu.sh` repeats the run; `cuvq_bench --help` says how each "
              f"row is taken. {NOISE}\n"]
     quantize = quantize_table(rows, ("small", "large"), QUANTIZE)
     if quantize:

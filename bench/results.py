@@ -191,7 +191,8 @@ class Results:
         if context.get("date"):
             parts.append(context["date"][:10])
         if context.get("runs"):
-            parts.append(f"of single precision the median of {context['runs']} runs")
+            parts.append("of cuvq and cuBLAS in single precision, but for hard data and scaling, the middle one of "
+                         f"{context['runs']} runs")
         return ", ".join(parts)
 
 

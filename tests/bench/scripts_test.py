@@ -110,7 +110,7 @@ class ResultsTest(WithResults):
         self.assertEqual([p.name for p in runs.iterdir()], ["kept.json"])
         kept = results.Results(runs)
         self.assertEqual(kept.us("quantize", "cuvq", (8, 2, 4), variant="codes"), 3.0)
-        self.assertIn("the median of 3 runs", kept.run_text())
+        self.assertIn("the middle one of 3 runs", kept.run_text())
 
     def test_a_run_that_was_cut_short_is_no_median(self):
         whole, short = self.directory / "whole.json", self.directory / "short.json"
