@@ -100,14 +100,15 @@ struct basic_codes_ref {
         return static_cast<std::conditional_t<std::is_const_v<Void>, const Int, Int>*>(data);
     }
 
+    /// Of a code.
+    CUVQ_HOST_DEVICE int bytes() const {
+        return type == code_type::int64 ? 8 : type == code_type::uint8 ? 1 : type == code_type::uint16 ? 2 : 4;
+    }
+
     /// Codes from the i-th on.
     basic_codes_ref from(std::int64_t i) const {
         using byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
-        const int bytes = type == code_type::int64    ? 8
-                          : type == code_type::uint8  ? 1
-                          : type == code_type::uint16 ? 2
-                                                      : 4;
-        return {static_cast<byte*>(data) + i * bytes, size - i, type};
+        return {static_cast<byte*>(data) + i * bytes(), size - i, type};
     }
 
     /// Code i. What marks an invalid row (-1, all bits set in unsigned types) is outside [0, K) here too, except

@@ -173,12 +173,7 @@ __global__ __launch_bounds__(tile_threads) void mma_tile_scores(const char* rows
         __syncthreads();
         const std::uint32_t c = arch::shared_window(code_slab);
         const std::uint32_t x = arch::shared_window(row_slab) + static_cast<int>(threadIdx.x) / 32 * 16 * 2 * width;
-        if (width == 64)
-            arch::mma_slab<64>(score, x, c);
-        else if (width == 32)
-            arch::mma_slab<32>(score, x, c);
-        else
-            arch::mma_slab<16>(score, x, c);
+        arch::mma_slab(score, x, c, width);
         __syncthreads();
     }
 #pragma unroll

@@ -124,6 +124,17 @@ __device__ void mma_slab(mma_scores<RowTiles, Columns>& score, std::uint32_t row
     }
 }
 
+/// The same of a slab whose width is known at run time.
+template <int RowTiles, int Columns>
+__device__ void mma_slab(mma_scores<RowTiles, Columns>& score, std::uint32_t rows, std::uint32_t codes, int width) {
+    if (width == 64)
+        mma_slab<64>(score, rows, codes);
+    else if (width == 32)
+        mma_slab<32>(score, rows, codes);
+    else
+        mma_slab<16>(score, rows, codes);
+}
+
 #endif  // CUVQ_HAS_MMA
 
 }  // namespace cuvq::arch

@@ -34,11 +34,8 @@ struct memory {
     template <class T>
     memory(const char* n, const vector_ref<T>& v) : memory(n, v.data, v.size * static_cast<std::int64_t>(sizeof(T))) {}
     template <class Void>
-    memory(const char* n, const basic_codes_ref<Void>& c) : memory(n, c.data, c.size * code_bytes(c.type)) {}
+    memory(const char* n, const basic_codes_ref<Void>& c) : memory(n, c.data, c.size * c.bytes()) {}
 
-    static std::int64_t code_bytes(code_type t) {
-        return t == code_type::int64 ? 8 : t == code_type::uint8 ? 1 : t == code_type::uint16 ? 2 : 4;
-    }
     std::uintptr_t end() const { return begin + static_cast<std::uintptr_t>((rows - 1) * stride_bytes + row_bytes); }
 };
 

@@ -119,12 +119,7 @@ struct mma_scoring : mma_rows<Policy, X, C> {
                                         (Policy::streamed ? turn : slab) * shape::row_slab_bytes + warp_row * 2 * width;
                 const std::uint32_t c = arch::shared_window(memory + shape::codes) + stage * shape::slab_bytes +
                                         part_offset + code_in_part * 2 * width;
-                if (width == 64)
-                    arch::mma_slab<64>(score, x, c);
-                else if (width == 32)
-                    arch::mma_slab<32>(score, x, c);
-                else
-                    arch::mma_slab<16>(score, x, c);
+                arch::mma_slab(score, x, c, width);
                 if (Policy::stages > 2) load_codes.next(*this);
                 stage = stage + 1 == Policy::stages ? 0 : stage + 1;
                 turn ^= 1;

@@ -273,7 +273,7 @@ std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const k
 
 /// What is asked of `count` rows from `first` on.
 template <class X, class C>
-detail::quantize_args<X, C> rows_of(detail::quantize_args<X, C> a, std::int64_t first, std::int64_t count) {
+detail::quantize_args<X, C> slice_of(detail::quantize_args<X, C> a, std::int64_t first, std::int64_t count) {
     a.x.data = a.x.row(first);
     a.x.rows = count;
     a.codes = a.codes.from(first);
@@ -311,7 +311,7 @@ bool quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search
         const std::int64_t rows = std::min(some * kernel::row_results::rows, args.x.rows - first);
         kernel::search_tally own = tally;
         if (own.loss) own.loss += losses;
-        losses += quantize_sm90_few<Tile>(rows_of(args, first, rows), own, scratch, exact, some, processors, stream);
+        losses += quantize_sm90_few<Tile>(slice_of(args, first, rows), own, scratch, exact, some, processors, stream);
     };
     losses = 0;
     if (groups <= wave) {

@@ -143,12 +143,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather_sized(
     detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p, device::ema_step e,
     int block_bits, bool vectors, bool checks, double* parts, unsigned long long* invalid_rows) {
     __shared__ gather_storage<Tile> shared;
-    open_gather(shared);
-    arch::wait_for_predecessor();
-    arch::let_successor_start();
-    const auto codes = gathered_codes::of<Tile>(a.sums.rows, block_bits);
-    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows, [] {});
-    put_gathered(shared, a, codes, false);
+    const auto codes = gather_batch(shared, a, source, block_bits, vectors, checks, false, invalid_rows);
     double sum = 0;
     for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
         const std::int64_t k = codes.code(c);

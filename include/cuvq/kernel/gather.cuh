@@ -389,10 +389,17 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
     }
 }
 
-/// Writes what `gather_codes` has summed to counts and sums, or `add`s it there.
+/// The body of `gather`: also writes what `gather_codes` sums to counts and sums, or `add`s it there. Returns the codes
+/// of the block, whose sums are still in `shared`.
 template <class Tile, class X>
-__device__ void put_gathered(const gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
-                             const gathered_codes& codes, bool add) {
+__device__ gathered_codes gather_batch(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
+                                       const row_source& source, int block_bits, bool vectors, bool checks, bool add,
+                                       unsigned long long* invalid_rows) {
+    open_gather(shared);
+    arch::wait_for_predecessor();
+    arch::let_successor_start();
+    const auto codes = gathered_codes::of<Tile>(a.sums.rows, block_bits);
+    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows, [] {});
     const int columns = static_cast<int>(a.x.columns), stride = gather_stride(columns);
     for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
         const std::int64_t k = codes.code(c);
@@ -400,6 +407,7 @@ __device__ void put_gathered(const gather_storage<Tile>& shared, const detail::a
             put(a.sums.row(k)[d], shared.sum[c * stride + d], add);
         if (threadIdx.x % 32 == 0) put(a.counts[k], shared.count[c], add);
     }
+    return codes;
 }
 
 /// Counts and sums of a small batch. A block takes 2^block_bits codes.
@@ -408,12 +416,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather(detail::ac
                                                                       int block_bits, bool vectors, bool checks,
                                                                       bool add, unsigned long long* invalid_rows) {
     __shared__ gather_storage<Tile> shared;
-    open_gather(shared);
-    arch::wait_for_predecessor();
-    arch::let_successor_start();
-    const auto codes = gathered_codes::of<Tile>(a.sums.rows, block_bits);
-    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows, [] {});
-    put_gathered(shared, a, codes, add);
+    gather_batch(shared, a, source, block_bits, vectors, checks, add, invalid_rows);
 }
 
 }  // namespace cuvq::kernel

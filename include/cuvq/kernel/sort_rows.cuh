@@ -40,10 +40,7 @@ struct row_source {
 
     /// Reads the codes of rows begin .. end - 1 of the batch, so that they are at hand for `load`. Whole warp.
     __device__ void touch(std::int64_t begin, std::int64_t end) const {
-        const int bytes = codes.type == code_type::int64    ? 8
-                          : codes.type == code_type::uint8  ? 1
-                          : codes.type == code_type::uint16 ? 2
-                                                            : 4;
+        const int bytes = codes.bytes();
         const char* from = static_cast<const char*>(codes.data) + first_row * bytes;
         for (std::int64_t at = begin * bytes + threadIdx.x % 32 * 128; at < end * bytes; at += 32 * 128)
             arch::touch(from + at);

@@ -88,8 +88,8 @@ __device__ void write_vector_rows(const detail::quantize_args<X, C>& a, const se
         const float sum = sum_shares(sums, lanes);
         if (column % (lanes / batch) != 0) continue;
         const int r = base + column / (lanes / batch) * together + start;
-        // As in write_rows. Where a row has no code, it or all of the codebook is not finite, and so is the sum.
-        const bool sound = sum >= 0x1p-80f && sum <= 0x1p126f;
+        // Where a row has no code, it or all of the codebook is not finite, and so is the sum.
+        const bool sound = is_sound_sum(sum);
         if (!sound) again |= 1u << r;
         if (a.distances) a.distances[first + r] = sum;
         if (tally.loss && sound && r >= seen) loss += sum;
@@ -126,10 +126,8 @@ __device__ std::int64_t resolve_codes(const detail::quantize_args<X, C>& a, std:
 /// are; or -1 where not `has_vector_rows`. Of vectors, warps of three blocks on a multiprocessor keep memory busier
 /// than what more registers would do.
 template <int Bits, class X, class C>
-__global__ __launch_bounds__(outputs_threads,
-                             Bits < 0 ? 2 : 3) void write_outputs(const __grid_constant__ detail::quantize_args<X, C> a,
-                                                                  const __grid_constant__ search_tally tally,
-                                                                  int rows) {
+__global__ __launch_bounds__(outputs_threads, Bits < 0 ? 2 : outputs_blocks) void write_outputs(
+    const __grid_constant__ detail::quantize_args<X, C> a, const __grid_constant__ search_tally tally, int rows) {
     arch::wait_for_predecessor();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const std::int64_t warp = (std::int64_t{blockIdx.x} * outputs_threads + threadIdx.x) / 32;
