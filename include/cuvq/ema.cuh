@@ -110,8 +110,9 @@ inline std::size_t ema_apply_workspace_bytes(const shape& s, const ema_params& p
 ///                     with `dead_code_rule::none`.
 /// @param params       rule, decay, dead codes; see `ema_params` for each formula and its source.
 /// @param ws           `ema_apply_workspace_bytes` of device memory, or empty: allocated on the stream.
-/// @param stream       everything runs here, asynchronously; may be captured in a graph. One launch for `active_only`
-///                     and `clamp` without `usage_ratio`, else two; two more with `params.stats`.
+/// @param stream       everything runs here, asynchronously; may be captured in a graph. One launch, three with
+///                     `params.stats`. Where the rule or the dead-code rule wants the total of the cluster sizes, its
+///                     blocks wait for each other (a cooperative launch).
 /// @throws std::invalid_argument naming the argument, before any launch; cuvq::cuda_error if a CUDA call fails.
 /// Deterministic: bitwise equal from run to run; replacement draws also on every card and on the CPU. O(K D).
 template <class State, class CountsView, class SumsView, class ReplacementsView>

@@ -86,6 +86,30 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cu
     CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 }
 
+/// Blocks of a kernel that the device holds at once, with so much dynamic shared memory each.
+template <class... Parameters>
+int blocks_at_once(void (*kernel)(Parameters...), unsigned threads, std::size_t shared_bytes) {
+    int device = 0, processors = 0, each = 0;
+    CUVQ_CHECK_CUDA(cudaGetDevice(&device));
+    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    CUVQ_CHECK_CUDA(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(threads), shared_bytes));
+    return each * processors;
+}
+
+/// As `launch`, of at most `blocks_at_once`, which then all run at the same time and may wait for each other.
+template <class... Parameters, class... Arguments>
+void launch_together(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+                     std::size_t shared_bytes, Arguments&&... arguments) {
+    cudaLaunchConfig_t config = launch_config(blocks, threads, stream, shared_bytes);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
+}
+
 inline cudaLaunchAttribute cluster_attribute(unsigned blocks) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;

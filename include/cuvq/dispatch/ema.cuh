@@ -1,9 +1,10 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
-// The launches of an `ema_apply`: one, or two where the sum of the cluster sizes is needed first. And those of an
-// `ema_update` of a small batch: as many.
+// The launch of an `ema_apply`, and those of an `ema_update` of a small batch: one, or two where the total of the
+// cluster sizes is needed first.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include <cuda_runtime.h>
@@ -36,21 +37,23 @@ inline device::ema_step ema_step_of(const ema_params& p) {
     return step;
 }
 
-/// @param parts  of m.parts, those that are there already; 0 if a total that is needed is still to be summed.
+/// @param parts  of the total in m.parts, those that are there already.
 template <class T, class R>
 void ema_apply(const detail::ema_args<T, R>& a, const ema_params& p, const ema_scratch& m, int parts,
                const kernel::ema_tally& tally, const kernel::image_refresh& refresh, cudaStream_t stream) {
     constexpr unsigned threads = 128;
-    const device::ema_step step = ema_step_of(p);
     const auto apply = refresh ? kernel::ema_apply<threads, true, T, R> : kernel::ema_apply<threads, false, T, R>;
-    const bool depends = detail::is_for_hopper(apply);
-    if (needs_total(p) && parts == 0) {
-        parts = kernel::total_parts;
-        detail::launch_next(depends, kernel::sum_sizes<threads, T, R>, parts, threads, stream, 0, a, p, step, m.parts);
+    const unsigned lead = refresh ? 1 : 0;
+    const auto blocks = [&](std::int64_t most) { return detail::blocks_for(a.counts.size, threads / 32, most) + lead; };
+    const kernel::size_total total{m.parts, parts};
+    if (total.parts && parts == 0) {
+        const int most = std::min(detail::blocks_at_once(apply, threads, 0), kernel::most_total_parts);
+        detail::launch_together(apply, blocks(most - static_cast<int>(lead)), threads, stream, 0, a, p, ema_step_of(p),
+                                total, tally, refresh);
+    } else {
+        detail::launch_next(detail::is_for_hopper(apply), apply, blocks(kernel::most_ema_blocks), threads, stream, 0, a,
+                            p, ema_step_of(p), total, tally, refresh);
     }
-    const unsigned blocks =
-        detail::blocks_for(a.counts.size, threads / 32, kernel::most_ema_blocks) + (refresh ? 1 : 0);
-    detail::launch_next(depends, apply, blocks, threads, stream, 0, a, p, step, m.parts, parts, tally, refresh);
 }
 
 /// accumulate and ema_apply of a batch of `gather_shapes`.

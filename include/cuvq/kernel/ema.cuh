@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <cuvq/arch/hopper.cuh>
@@ -20,8 +21,14 @@ inline constexpr int step_bits = 48;
 inline constexpr unsigned long long step_mask = (1ull << step_bits) - 1;
 inline constexpr std::int64_t most_ema_blocks = 8192;  // fits above step_bits
 
-/// Blocks of `sum_sizes`, each leaving one partial total; and those of `gather_sized`, at most.
-inline constexpr int total_parts = 128, most_total_parts = 512;
+/// Blocks that each leave a part of the total of the blended cluster sizes, at most.
+inline constexpr int most_total_parts = 512;
+
+/// That total, where the update needs it.
+struct size_total {
+    double* parts = nullptr;  // [most_total_parts]
+    int count = 0;            // that are there already; 0: each block of a grid launched together leaves one first
+};
 
 /// The number of updates before this one, and the step counter on its way to the next: each of `blocks` blocks calls
 /// this once, by one thread. The last block to come advances the counter, when all others have what they need of it.
@@ -62,19 +69,7 @@ __device__ void update_code(const detail::ema_args<T, R>& a, const ema_params& p
     }
 }
 
-/// Writes the sum of what a block's warps have, in order, to `part`.
-template <int Threads>
-__device__ void leave_total(double of_warp, double* part) {
-    __shared__ double shared[Threads / 32];
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = of_warp;
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    double total = 0;
-    for (const double s : shared) total += s;
-    *part = total;
-}
-
-/// The sum of such parts. Whole warp.
+/// The sum of the parts. Whole warp.
 __device__ inline double total_of(const double* parts, int count) {
     double total = 0;
     for (int i = static_cast<int>(threadIdx.x) % 32; i < count; i += 32) total += parts[i];
@@ -83,44 +78,53 @@ __device__ inline double total_of(const double* parts, int count) {
     return total;
 }
 
-/// Partial sums of the blended cluster sizes, total_parts of them; a warp a code.
-template <int Threads, class T, class R>
-__global__ __launch_bounds__(Threads) void sum_sizes(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
-                                                     double* parts) {
-    arch::wait_for_predecessor();
-    arch::let_successor_start();
+/// The block's share of the total of the blended sizes, to its place among the parts; a warp a code, of those of which
+/// `size_of` (k) says it.
+template <int Threads, class SizeOf>
+__device__ void leave_sizes(std::int64_t first, std::int64_t codes, std::int64_t step, double* parts,
+                            const SizeOf& size_of) {
     double sum = 0;
-    for (std::int64_t k = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32; k < a.counts.size;
-         k += std::int64_t{gridDim.x} * (Threads / 32)) {
-        const float size = device::blended_size(a, p, e, k).size;
+    for (std::int64_t k = first; k < codes; k += step) {
+        const float size = size_of(k);
         if (isfinite(size)) sum += size;
     }
-    leave_total<Threads>(sum, parts + blockIdx.x);
+    __shared__ double of_warp[Threads / 32];
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    double all = 0;
+    for (const double s : of_warp) all += s;
+    parts[blockIdx.x] = all;
 }
 
-/// The whole update; a warp a code. `parts`: `part_count` of the total of the blended sizes, where that is needed. With
-/// an image to refresh, if `Keeps`, one block more.
+/// The whole update; a warp a code. With an image to refresh, if `Keeps`, one block more.
 template <int Threads, bool Keeps, class T, class R>
 __global__ __launch_bounds__(Threads) void ema_apply(detail::ema_args<T, R> a, ema_params p, device::ema_step e,
-                                                     const double* parts, int part_count, ema_tally tally,
-                                                     image_refresh refresh) {
+                                                     size_total total, ema_tally tally, image_refresh refresh) {
     __shared__ std::int64_t shared_step;
     arch::wait_for_predecessor();
     arch::let_successor_start();
     if (threadIdx.x == 0) shared_step = take_step(a.state.step, gridDim.x);
-    const std::int64_t blocks = gridDim.x - (Keeps ? 1 : 0);
-    if (Keeps && blockIdx.x == blocks) {
+    const std::int64_t blocks = gridDim.x - (Keeps ? 1 : 0), step = blocks * (Threads / 32);
+    const std::int64_t first = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32;
+    const bool leads = Keeps && blockIdx.x == blocks;
+    if (total.parts && total.count == 0) {
+        leave_sizes<Threads>(first, leads ? 0 : a.counts.size, step, total.parts,
+                             [&](std::int64_t k) { return device::blended_size(a, p, e, k).size; });
+        cooperative_groups::this_grid().sync();
+        total.count = static_cast<int>(gridDim.x);
+    }
+    if (leads) {
         __shared__ typename cub::BlockReduce<double, Threads>::TempStorage storage;
         __syncthreads();
         refresh.lead<Threads>(storage, a.counts.size, a.sums.columns, shared_step);
         return;
     }
-    const std::int64_t first = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32;
     if (first < a.counts.size) touch_code(a.state, first);
-    if (part_count > 0) e.total = total_of(parts, part_count);
+    if (total.parts) e.total = total_of(total.parts, total.count);
     __syncthreads();
     e.step = shared_step;
-    for (std::int64_t k = first; k < a.counts.size; k += blocks * (Threads / 32)) {
+    for (std::int64_t k = first; k < a.counts.size; k += step) {
         update_code(a, p, e, k, tally);
         if constexpr (Keeps) refresh.write_row(a.state.codebook, k, e.step);
     }
@@ -137,20 +141,17 @@ __device__ detail::ema_args<T, R> gathered_args(detail::ema_args<T, R> update, c
     return update;
 }
 
-/// `gather` and `sum_sizes` of a small batch: as many parts as blocks.
+/// `gather` of a small batch, and the parts of the total: as many as blocks.
 template <class Tile, class T, class X>
 __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather_sized(
     detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p, device::ema_step e,
     int block_bits, bool vectors, bool checks, double* parts, unsigned long long* invalid_rows) {
     __shared__ gather_storage<Tile> shared;
     const auto codes = gather_batch(shared, a, source, block_bits, vectors, checks, false, invalid_rows);
-    double sum = 0;
-    for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
-        const std::int64_t k = codes.code(c);
-        const float size = device::blended_size(gathered_args(update, shared, c, k), p, e, k).size;
-        if (isfinite(size)) sum += size;
-    }
-    leave_total<Tile::threads>(sum, parts + blockIdx.x);
+    leave_sizes<Tile::threads>(threadIdx.x / 32, codes.own_count, Tile::threads / 32, parts, [&](std::int64_t c) {
+        const std::int64_t k = codes.code(static_cast<unsigned>(c));
+        return device::blended_size(gathered_args(update, shared, c, k), p, e, k).size;
+    });
 }
 
 /// `gather` and `ema_apply` of a small batch, where no total is needed. A block takes 2^block_bits codes, then a warp a
