@@ -12,6 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -80,20 +81,29 @@ struct search_memory {
         const auto args = detail::validate_quantize("test", x.view(), codebook.view(), codes.view(), quantized.view(),
                                                     distances.view(), {});
         const kernel::search_tally tally{loss.data(), histogram.data(), histogram.data() + codebook.rows()};
-        const std::int64_t losses = search(args, tally);
+        std::int64_t losses = search(args, tally);
+        if (losses == dispatch::no_outputs) losses = dispatch::write_outputs<dynamic_extent>(args, tally, nullptr);
         EXPECT_GT(losses, 0) << "nothing was launched";
         double sum = 0;
         for (const double l : loss.download(0, losses)) sum += l;
         EXPECT_TRUE(quantized.padding_untouched());
         return {codes.download(), quantized.download(), distances.download(), sum, histogram.download()};
     }
-    /// The codebook in about so many parts, searched by at most so many blocks at once.
+    /// The codebook in about so many parts, searched by at most so many blocks at once. Of one part, two blocks or more
+    /// rows leave hard ones to all blocks.
     template <class Tile>
     outputs<X> run_mma(const device_image<C>& image, const dispatch::mma_fit& fit, std::int64_t parts = 1,
-                       std::int64_t most_blocks = dispatch::most_search_blocks) {
+                       std::int64_t most_blocks = kernel::most_segments) {
         const device_array<double> part_distances(parts * x.rows());
         const device_array<int> part_codes(parts * x.rows());
-        const dispatch::parts_scratch scratch{parts * x.rows(), part_distances.data(), part_codes.data()};
+        device_array<unsigned long long> hard(x.rows());
+        device_array<int> hard_counts(kernel::most_segments);
+        const device_array<char> shared(kernel::most_shared_rows *
+                                        static_cast<std::int64_t>(sizeof(kernel::shared_row)));
+        dispatch::mma_scratch scratch;
+        scratch.parts = {parts * x.rows(), part_distances.data(), part_codes.data()};
+        if (x.rows() > Tile::rows)
+            scratch.hard = {hard.data(), hard_counts.data(), reinterpret_cast<kernel::shared_row*>(shared.data())};
         return run([&](const auto& args, const auto& tally) {
             return dispatch::quantize_mma<Tile>(args, tally, image.ref(), scratch, parts, most_blocks, fit, nullptr);
         });
@@ -121,13 +131,15 @@ std::vector<std::int64_t> expect_exact(const matrix<X>& x, const matrix<C>& code
             const auto fit = dispatch::fit_mma<Tile, X, C>(x.columns);
             if (fit.blocks == 0) return;
             ++tiles;
-            for (const std::int64_t parts : {std::int64_t{1}, std::int64_t{3}, (codebook.rows - 1) / Tile::codes + 1}) {
+            const std::int64_t tiles_of_codes = (codebook.rows - 1) / Tile::codes + 1;
+            const std::pair<std::int64_t, std::int64_t> cases[] = {{1, 1024}, {1, 2}, {3, 2}, {tiles_of_codes, 1024}};
+            for (const auto& [parts, most_blocks] : cases) {
                 if (parts > 1 && codebook.rows <= Tile::codes) continue;
-                const auto got = memory.template run_mma<Tile>(image, fit, parts, parts == 3 ? 2 : 4096);
+                const auto got = memory.template run_mma<Tile>(image, fit, parts, most_blocks);
                 const auto name = testing::Message()
                                   << "tile of " << Tile::rows << " rows, " << Tile::codes << " codes, " << Tile::stages
                                   << " stages" << (Tile::streamed ? ", streamed" : "") << (wide ? ", wide" : "") << ", "
-                                  << parts << " parts";
+                                  << parts << " parts, at most " << most_blocks << " blocks";
                 EXPECT_EQ(got.codes, right.codes) << name;
                 EXPECT_TRUE(got == right) << name;
             }
@@ -393,6 +405,65 @@ TEST_F(QuantizeMmaSmall, ACodebookWithoutAFiniteRow) {
     }
 }
 
+// ---- rows that many codes are near ----------------------------------------------------------------------------------
+
+TEST_F(QuantizeMmaTest, HardRowsAmongMany) {
+    // All of `quantize`, with a tile that is not the widest: so many rows that hard ones are left to all blocks. They
+    // are next to each other, some (their codebook's parts are then shared out) or many, near copies of a code or not
+    // finite.
+    random_source random;
+    for (const auto& [k, d] : std::vector<std::array<std::int64_t, 2>>{{700, 24}, {1500, 66}, {1400, 300}})
+        for (const std::int64_t hard : {1, 40, 700}) {
+            SCOPED_TRACE(testing::Message() << hard << " rows, " << k << " codes, D = " << d);
+            const std::int64_t n = 20011;
+            auto x = random.normals<float>(n, d), codebook = random.normals<float>(k, d);
+            for (std::int64_t code = 3; code < k; code += 2)
+                for (std::int64_t c = 0; c < d; ++c) codebook(code, c) = codebook.at(1, c);
+            for (std::int64_t i = 0; i < hard; ++i) {
+                for (std::int64_t c = 0; c < d; ++c) x(5000 + i, c) = codebook.at(1, c) * (1 + 0x1p-20f * i);
+                if (i % 7 == 6) x(5000 + i, i % d) = i % 2 ? nan : inf;
+            }
+            search_memory<float, float> memory(x, codebook, {});
+            const auto right = memory.run_simt();
+            EXPECT_EQ(right.codes[5000], 1);
+            const auto expect_right = [&](auto tile) {
+                using Tile = decltype(tile);
+                if (!dispatch::serves<Tile, float, float>(k, d)) return;
+                SCOPED_TRACE(testing::Message() << "tile of " << Tile::rows << " rows, " << Tile::codes << " codes");
+                const device_array<step_stats> stats(1);
+                quantize_params params;
+                params.stats = stats.data();
+                device_array<std::uint16_t> codes(n);
+                std::vector<step_stats> told;
+                for (const bool all : {false, true}) {
+                    codes.fill(poison);
+                    memory.quantized.fill(poison);
+                    memory.distances.fill(poison);
+                    if (all)
+                        quantize<Tile>(memory.x.view(), memory.codebook.view(), codes.view(), memory.quantized.view(),
+                                       memory.distances.view(), params);
+                    else
+                        quantize<Tile>(memory.x.view(), memory.codebook.view(), codes.view(), discard, discard, params);
+                    const auto got = codes.download();
+                    for (std::int64_t i = 0; i < n; ++i)
+                        ASSERT_EQ(got[i], static_cast<std::uint16_t>(right.codes[i])) << "row " << i;
+                    if (all) {
+                        EXPECT_TRUE(same_bits(memory.quantized.download(), right.quantized));
+                        EXPECT_TRUE(same_bits(memory.distances.download(), right.distances));
+                    }
+                    told.push_back(stats.download()[0]);
+                    EXPECT_EQ(std::memcmp(&told[0], &told.back(), sizeof(step_stats)), 0);
+                    EXPECT_EQ(told.back().invalid_rows, hard / 7);
+                    EXPECT_NEAR(told.back().commitment_loss, right.loss / static_cast<double>((n - hard / 7) * d),
+                                1e-6 * told.back().commitment_loss);
+                }
+            };
+            expect_right(mma_twin{});
+            expect_right(mma_flat{});
+            expect_right(wgmma_tall{});
+        }
+}
+
 // ---- parts of the codebook ------------------------------------------------------------------------------------------
 
 TEST_F(QuantizeMmaSmall, EqualCodesInSeveralParts) {
@@ -483,11 +554,11 @@ TEST_F(QuantizeMmaTest, FewRowsInParts) {
         EXPECT_GT(measure.bytes(), 0u);
         const device_array<char> bytes(static_cast<std::int64_t>(measure.bytes()));
         detail::carver carver(bytes.data());
-        const auto scratch = dispatch::take_parts(carver, {n, k, d});
+        const dispatch::mma_scratch scratch{dispatch::take_parts(carver, {n, k, d}), {}};
         for (int run = 0; run < 3; ++run)
             EXPECT_TRUE(memory.run([&](const auto& args, const auto& tally) {
-                return dispatch::quantize_mma<dynamic_extent>(args, tally, image.ref(), scratch,
-                                                              dispatch::most_search_blocks, nullptr);
+                return dispatch::quantize_mma<dynamic_extent>(args, tally, image.ref(), scratch, kernel::most_segments,
+                                                              nullptr);
             }) == right);
 
         device_array<std::int32_t> codes(n);
@@ -549,7 +620,7 @@ void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int run
     if (fit.blocks == 0) return;
     for (int run = 0; run < runs; ++run) {
         codes.fill(poison);
-        ASSERT_GT(dispatch::quantize_mma<Tile>(args, kernel::search_tally{}, image.ref(), {}, 1, 4096, fit, nullptr),
+        ASSERT_GT(dispatch::quantize_mma<Tile>(args, kernel::search_tally{}, image.ref(), {}, 1, 1024, fit, nullptr),
                   0);
         const auto got = codes.download();
         std::int64_t wrong = 0;

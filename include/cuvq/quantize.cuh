@@ -38,9 +38,9 @@ struct quantize_scratch {
 }  // namespace detail
 
 /// Bytes of workspace that `quantize` takes for this shape and these params: `prepared_codebook_bytes` unless
-/// `params.prepared` is there; for D <= 269, 20 bytes per row and at most 8 KB, and for K D > 65536, 66 KB; for up to
-/// 8192 rows, 12 bytes per row and 128 codes but at most 192 KB and 1.5 bytes per element of the codebook; with
-/// `params.stats`, 8 bytes per code and 256 KB.
+/// `params.prepared` is there; for more than 64 rows, 20 bytes per row and at most 8 KB (for D > 269, 8 bytes per row
+/// and 4 KB), and for K D > 65536, 66 KB; for up to 8192 rows, 12 bytes per row and 128 codes but at most 192 KB and
+/// 1.5 bytes per element of the codebook; with `params.stats`, 8 bytes per code and 256 KB.
 /// @throws std::invalid_argument if N < 0, K < 1 or D < 1. Pure: asks no device.
 inline std::size_t quantize_workspace_bytes(const shape& s, const quantize_params& params = {}) {
     detail::check_shape("quantize_workspace_bytes", s);

@@ -44,7 +44,7 @@ struct train_scratch {
         dispatch::digit_scratch d;
         static_assert(dispatch::digit_scratch::long_chunk * kernel::row_chunks::group_rows ==
                       dispatch::sort_plan::few_bins::most_tile);
-        if (s.codes == 1 || !dispatch::may_leave_open(s) || s.vectors > dispatch::most_slice_rows ||
+        if (s.codes == 1 || !dispatch::may_take_sm90(s) || s.vectors > dispatch::most_slice_rows ||
             gather_shapes::include(s.vectors, s.codes, s.dimensions))
             return d;
         const dispatch::sort_plan plan(s.vectors, s.codes);

@@ -16,13 +16,12 @@
 #define CUVQ_TEST_MMA(DECLARE, Tile, X, C)                                                                         \
     DECLARE mma_fit fit_mma<Tile, X, C>(std::int64_t);                                                             \
     DECLARE std::int64_t quantize_mma<Tile, X, C>(const detail::quantize_args<X, C>&, const kernel::search_tally&, \
-                                                  const device::image_ref&, const parts_scratch&, std::int64_t,    \
+                                                  const device::image_ref&, const mma_scratch&, std::int64_t,      \
                                                   std::int64_t, const mma_fit&, cudaStream_t);
-#define CUVQ_TEST_SM90(DECLARE, Tile, X, C)                                                                       \
-    DECLARE bool serves_sm90<Tile, X, C>(std::int64_t, std::int64_t);                                             \
-    DECLARE std::int64_t quantize_sm90_many<Tile, X, C>(const detail::quantize_args<X, C>&,                       \
-                                                        const kernel::search_tally&, const search_scratch&, bool, \
-                                                        std::int64_t, int, cudaStream_t);
+#define CUVQ_TEST_SM90(DECLARE, Tile, X, C)                                                                      \
+    DECLARE bool serves_sm90<Tile, X, C>(std::int64_t, std::int64_t);                                            \
+    DECLARE void quantize_sm90_many<Tile, X, C>(const detail::quantize_args<X, C>&, const kernel::search_tally&, \
+                                                const search_scratch&, bool, std::int64_t, int, cudaStream_t);
 #define CUVQ_TEST_SEARCHES(DECLARE, X, C)                                                                           \
     namespace cuvq::dispatch {                                                                                      \
     CUVQ_TEST_MMA(DECLARE, mma_twin, X, C)                                                                          \
@@ -38,7 +37,7 @@
     CUVQ_TEST_SM90(DECLARE, sm90_d269, X, C)                                                                        \
     DECLARE std::int64_t quantize_mma<dynamic_extent, X, C>(const detail::quantize_args<X, C>&,                     \
                                                             const kernel::search_tally&, const device::image_ref&,  \
-                                                            const parts_scratch&, std::int64_t, cudaStream_t);      \
+                                                            const mma_scratch&, std::int64_t, cudaStream_t);        \
     DECLARE std::int64_t quantize_simt<simt_tile, dynamic_extent, X, C>(const detail::quantize_args<X, C>&,         \
                                                                         const kernel::search_tally&, cudaStream_t); \
     DECLARE std::int64_t quantize<automatic_tile, dynamic_extent, X, C>(const detail::quantize_args<X, C>&,         \

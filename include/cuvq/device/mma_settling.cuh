@@ -15,6 +15,33 @@ namespace cuvq::device {
 
 #if CUVQ_HAS_MMA
 
+/// Considers the codes that `slots`, a bit each, have scored of a row, or if there are none, the whole codebook, but
+/// nothing then if the row is not finite: of part `part` of `parts` of these, what group `group` of `groups` groups of
+/// eight lanes is to take. Each lane has its own choice then. Whole warps call it.
+template <class X, class C>
+__device__ void consider_slots(exact_choice& choice, const X* row, const matrix_ref<const C>& codebook,
+                               std::int64_t columns, unsigned slots, const slot_layout& layout, int group, int groups,
+                               int part = 0, int parts = 1) {
+    const auto consider = [&](std::int64_t all, const auto& code_at) {
+        const std::int64_t each = (all - 1) / parts + 1, first = part * each;
+        consider_codes(choice, row, codebook, columns, min(each, all - first), group, groups,
+                       [&](std::int64_t i) { return code_at(first + i); });
+    };
+    if (slots == 0) {
+        if (is_row_finite(row, columns)) consider(codebook.rows, [](std::int64_t i) { return i; });
+    }
+    const std::int64_t tiles = (codebook.rows - 1) / layout.codes + 1;
+    const int in_tile = layout.in_tile();
+    for (; slots != 0; slots &= slots - 1) {
+        const int slot = __ffs(static_cast<int>(slots)) - 1;
+        consider(tiles * in_tile, [&](std::int64_t i) {  // beyond K: another look at the last code
+            const int tile = static_cast<int>(i / in_tile), at = static_cast<int>(i % in_tile);
+            return min(std::int64_t{layout.code(slot, tile, at)}, codebook.rows - 1);
+        });
+    }
+    __syncwarp();
+}
+
 /// From the slots of a block's rows to their codes.
 template <class Policy, class X, class C>
 struct mma_settling : mma_block<Policy, X, C> {
@@ -118,35 +145,25 @@ struct mma_settling : mma_block<Policy, X, C> {
         __syncthreads();
     }
 
+    /// A row that is listed as hard, and its slots with candidates; 0: the whole codebook.
+    struct hard_row {
+        int row;
+        unsigned slots;
+    };
+    __device__ int hard_count() const { return words()[shape::hard_count]; }
+    __device__ hard_row hard(int i) const {
+        const unsigned listed = reinterpret_cast<const unsigned*>(memory + shape::hard)[i];
+        return {static_cast<int>(listed & 255u), listed >> 8};
+    }
+
     /// The hard rows, each by the whole block.
     __device__ void settle_hard_rows(std::int64_t* codes) const {
-        const int* hard = reinterpret_cast<const int*>(memory + shape::hard);
         auto* choices = reinterpret_cast<exact_choice*>(memory + shape::choices);
-        const int count = words()[shape::hard_count];
-        constexpr int in_tile = 2 * shape::pairs;  // codes of one slot
+        const int count = hard_count();
         for (int h = 0; h < count; ++h) {
-            const int r = hard[h] & 255;
-            unsigned open = static_cast<unsigned>(hard[h]) >> 8;  // slots with candidates; 0: the whole codebook
-            const X* row = rows.row(r);
+            const auto [r, slots] = hard(h);
             exact_choice choice;
-            if (open == 0) {
-                bool finite = true;
-                for (int d = threadIdx.x; d < columns; d += Policy::threads)
-                    finite = finite && isfinite(static_cast<float>(row[d]));
-                if (__syncthreads_and(finite))
-                    consider_codes(choice, row, codebook, columns, codebook.rows, group, shape::groups,
-                                   [](std::int64_t k) { return k; });
-            }
-            for (; open != 0; open &= open - 1) {
-                const int slot = __ffs(open) - 1;
-                const auto at = [&](std::int64_t i) {  // beyond K: another look at the last code
-                    const std::int64_t k = code_at(slot, static_cast<int>(i / in_tile), static_cast<int>(i % in_tile));
-                    return k < codebook.rows ? k : codebook.rows - 1;
-                };
-                consider_codes(choice, row, codebook, columns, std::int64_t{tiles()} * in_tile, group, shape::groups,
-                               at);
-            }
-            __syncwarp();
+            consider_slots(choice, rows.row(r), codebook, columns, slots, shape::layout(), group, shape::groups);
             choice.merge(0xFFFFFFFFu, 8);
             choice.merge(0xFFFFFFFFu, 16);
             if (lane == 0) choices[warp] = choice;

@@ -26,6 +26,17 @@ inline constexpr std::int64_t most_mma_codes = 1 << 30;
 template <class Policy>
 inline constexpr bool has_tensor_cores = Policy::warpgroups ? CUVQ_HAS_WGMMA : CUVQ_HAS_MMA;
 
+/// Which codes a thread scores of a row, a slot: in each tile of `codes` codes, of which a warp has `warp_codes`.
+struct slot_layout {
+    int codes, warp_codes;
+
+    CUVQ_HOST_DEVICE constexpr int in_tile() const { return warp_codes / 4; }
+    /// Code `at` of those that slot `slot` has of a tile.
+    CUVQ_HOST_DEVICE constexpr int code(int slot, int tile, int at) const {
+        return tile * codes + slot / 4 * warp_codes + at / 2 * 8 + slot % 4 * 2 + at % 2;
+    }
+};
+
 /// How a tile's block divides it, and its shared memory, by offsets from an address aligned to `alignment`.
 template <class Policy>
 struct mma_shape {
@@ -80,6 +91,8 @@ struct mma_shape {
     static constexpr int candidates_at = slots_at + Policy::rows * slots * static_cast<int>(sizeof(slot));
     static_assert(candidates_at + most_candidates * static_cast<int>(sizeof(candidate)) <= rows, "");
     static_assert(Policy::rows <= Policy::threads && Policy::rows <= 256, "");
+
+    CUVQ_HOST_DEVICE static constexpr slot_layout layout() { return {Policy::codes, warp_codes}; }
 
     /// Least number of dimensions: warpgroups begin with a whole slab.
     static constexpr int least_columns = Policy::warpgroups ? 62 : 1;
@@ -147,8 +160,7 @@ struct mma_block {
 
     /// The code that thread `slot` of a row holds of `tile` at this place, the low bits of a score.
     __device__ static int code_at(int slot, int tile, int place) {
-        const int at = place & (2 * shape::pairs - 1);
-        return tile * Policy::codes + slot / 4 * shape::warp_codes + at / 2 * 8 + slot % 4 * 2 + at % 2;
+        return shape::layout().code(slot, tile, place & (shape::layout().in_tile() - 1));
     }
 };
 

@@ -21,26 +21,15 @@
 
 namespace cuvq::device {
 
-/// As `nearest` in device/nearest.cuh, on the tensor cores: exact too, and many times as fast. From sm_80 on; compiled
-/// for older architectures it does nothing.
-///
-/// @tparam Policy  an `mma_tile`, or for D >= 62 and code for sm_90a alone a `wgmma_tile`, from `dispatch/tuning.cuh`
-///                 or with your own sizes. The block has Policy::threads threads in x.
-/// @param storage  shared memory of the caller, usually dynamic: it must not be in use; free again after a barrier.
-/// @param rows     [n x D] vectors, n <= Policy::rows, in shared or global memory, written before the last barrier;
-///                 float, __half or __nv_bfloat16; D <= most_mma_columns.
-/// @param codebook [K x D] global memory; any of those types; K < most_mma_codes.
-/// @param image    of that codebook, as it is now: any centre and scale will do.
-/// @param codes    [n] out, in shared or global memory: lowest nearest code, -1 where the vector has a NaN or Inf or
-///                 no codebook row is finite. Readable by all threads of the block on return.
-/// Deterministic: the codes do not depend on Policy, n, the block or the image. O(n K D) per block, plus O(K D) in
-/// float64 for each row that the filter cannot settle.
-template <class Policy, class X, class C>
-__device__ void nearest(const nearest_storage<Policy>& storage, const matrix_ref<const X>& rows,
-                        const matrix_ref<const C>& codebook, const image_ref& image, std::int64_t* codes) {
-    if constexpr (!has_tensor_cores<Policy>) return;
 #if CUVQ_HAS_MMA
-    if (rows.rows == 0) return;
+
+/// All of `nearest` below but the rows that it lists as hard, whose codes are still to be found; `rows` has one at
+/// least. The arguments must outlive what it returns. Ends with a barrier.
+template <class Policy, class X, class C>
+__device__ mma_settling<Policy, X, C> nearest_but_hard(const nearest_storage<Policy>& storage,
+                                                       const matrix_ref<const X>& rows,
+                                                       const matrix_ref<const C>& codebook, const image_ref& image,
+                                                       std::int64_t* codes) {
     using shape = mma_shape<Policy>;
     const mma_block<Policy, X, C> block(storage, rows, codebook, image);
     int* words = block.words();
@@ -68,9 +57,33 @@ __device__ void nearest(const nearest_storage<Policy>& storage, const matrix_ref
 #if CUVQ_HAS_WGMMA
     if constexpr (Policy::warpgroups) wgmma_scoring<Policy, X, C>(block).search();
 #endif
-    const mma_settling<Policy, X, C> settle(block);
-    settle.settle_rows(codes);
-    settle.settle_hard_rows(codes);
+    mma_settling<Policy, X, C> settling(block);
+    settling.settle_rows(codes);
+    return settling;
+}
+
+#endif  // CUVQ_HAS_MMA
+
+/// As `nearest` in device/nearest.cuh, on the tensor cores: exact too, and many times as fast. From sm_80 on; compiled
+/// for older architectures it does nothing.
+///
+/// @tparam Policy  an `mma_tile`, or for D >= 62 and code for sm_90a alone a `wgmma_tile`, from `dispatch/tuning.cuh`
+///                 or with your own sizes. The block has Policy::threads threads in x.
+/// @param storage  shared memory of the caller, usually dynamic: it must not be in use; free again after a barrier.
+/// @param rows     [n x D] vectors, n <= Policy::rows, in shared or global memory, written before the last barrier;
+///                 float, __half or __nv_bfloat16; D <= most_mma_columns.
+/// @param codebook [K x D] global memory; any of those types; K < most_mma_codes.
+/// @param image    of that codebook, as it is now: any centre and scale will do.
+/// @param codes    [n] out, in shared or global memory: lowest nearest code, -1 where the vector has a NaN or Inf or
+///                 no codebook row is finite. Readable by all threads of the block on return.
+/// Deterministic: the codes do not depend on Policy, n, the block or the image. O(n K D) per block, plus O(K D) in
+/// float64 for each row that the filter cannot settle.
+template <class Policy, class X, class C>
+__device__ void nearest(const nearest_storage<Policy>& storage, const matrix_ref<const X>& rows,
+                        const matrix_ref<const C>& codebook, const image_ref& image, std::int64_t* codes) {
+#if CUVQ_HAS_MMA
+    if constexpr (has_tensor_cores<Policy>)
+        if (rows.rows > 0) nearest_but_hard<Policy>(storage, rows, codebook, image, codes).settle_hard_rows(codes);
 #endif
 }
 

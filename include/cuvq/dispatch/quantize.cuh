@@ -26,7 +26,7 @@
 
 namespace cuvq::dispatch {
 
-/// Most blocks of a SIMT search, and of a portable one on tensor cores.
+/// Most blocks of a SIMT search.
 inline constexpr std::int64_t most_search_blocks = 4096;
 
 /// Most partial losses of any search, so that the workspace needs no word from the device.
@@ -127,17 +127,16 @@ struct digit_scratch {
     }
 };
 
-/// Whether a search of many rows of this shape leaves some of them open, on some device. Of wider rows it settles them
-/// where it finds them.
-inline bool may_leave_open(const shape& s) {
+/// Whether Hopper's own search of many rows may serve this shape.
+inline bool may_take_sm90(const shape& s) {
     return s.dimensions <= sm90_d269::dimensions && has_image(s.codes, s.dimensions);
 }
 
 /// Scratch memory of a search. `prepared`: the image is there already.
 struct search_scratch {
     kernel::codebook_image image{};
-    kernel::open_rows open{};
-    parts_scratch parts{};
+    kernel::open_rows open{};  // of Hopper's own search
+    mma_scratch portable{};
     digit_scratch* digits = nullptr;  // of a sort that comes next, or null
     bool prepared = false;
 
@@ -146,14 +145,24 @@ struct search_scratch {
             use(from, s.codes, s.dimensions);
         else
             image = take_image(c, s.codes, s.dimensions);
-        parts = take_parts(c, s);
+        portable.parts = take_parts(c, s);
         const std::int64_t groups = (s.vectors + kernel::row_results::rows - 1) / kernel::row_results::rows;
-        if (groups < 2 || !may_leave_open(s)) return;
-        open.rows = c.take<int>(groups * kernel::row_results::rows);
-        open.words = c.take<kernel::open_words>(groups * kernel::row_results::rows);
-        open.counts = c.take<int2>(std::min<std::int64_t>(groups * kernel::finishing_warps, kernel::most_segments));
+        if (groups < 2 || !has_image(s.codes, s.dimensions)) return;
+        const std::int64_t rows = groups * kernel::row_results::rows;
+        const auto lists = [&](std::int64_t of_group) {
+            return std::min<std::int64_t>(groups * of_group, kernel::most_segments);
+        };
+        detail::carver other(c);  // one of the two searches
+        portable.hard.rows = other.take<unsigned long long>(s.vectors);
+        portable.hard.counts = other.take<int>(lists(1));
+        if (may_take_sm90(s)) {
+            open.rows = c.take<int>(rows);
+            open.words = c.take<kernel::open_words>(rows);
+            open.counts = c.take<int2>(lists(kernel::finishing_warps));
+        }
+        c.share(other);
         if (kernel::shared_parts(s.codes, s.dimensions) > 1)
-            open.shared = c.take<kernel::shared_row>(kernel::most_shared_rows);
+            open.shared = portable.hard.shared = c.take<kernel::shared_row>(kernel::most_shared_rows);
     }
 
     void use(const prepared_codebook& from, std::int64_t codes, std::int64_t dimensions) {
@@ -223,38 +232,11 @@ std::int64_t quantize_sm90_few(const detail::quantize_args<X, C>& args, const ke
     return blocks * kernel::few_warps;
 }
 
-/// Quantized rows and distances of at least 32 rows whose codes are there, of D that the tile is for. Returns how many
-/// partial losses that leaves.
+/// Many rows: the pipeline, and the rows that it left open. Writes codes only.
 template <class Tile, class X, class C>
-std::int64_t write_outputs(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally, int processors,
-                           cudaStream_t stream) {
-    const std::int64_t columns = args.x.columns;
-    // Two waves of blocks, each with some rows for every warp.
-    const unsigned blocks =
-        detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, 2 * kernel::outputs_blocks * processors);
-    const auto launch = [&](auto bits, int at_once) {
-        detail::launch_dependent(kernel::write_outputs<decltype(bits)::value, X, C>, blocks, kernel::outputs_threads,
-                                 stream, 0, 1, args, tally, output_rows(args.x.rows, at_once));
-        return std::int64_t{blocks} * (kernel::outputs_threads / 32);
-    };
-    if (!kernel::has_vector_rows(args)) return launch(std::integral_constant<int, -1>(), columns <= 16 ? 32 : 8);
-    const auto with_lanes = [&](auto bits) { return launch(bits, kernel::rows_at_once<decltype(bits)::value>); };
-    if constexpr (Tile::dimensions <= sm90_d77::dimensions) {
-        if (columns <= 8) return with_lanes(std::integral_constant<int, 1>());
-        if (columns <= 16) return with_lanes(std::integral_constant<int, 2>());
-    }
-    if constexpr (Tile::dimensions > sm90_d13::dimensions && Tile::dimensions <= sm90_d77::dimensions) {
-        if (columns <= 32) return with_lanes(std::integral_constant<int, 3>());
-        if (columns <= 64) return with_lanes(std::integral_constant<int, 4>());
-    }
-    return with_lanes(std::integral_constant<int, 5>());
-}
-
-/// Many rows: the pipeline, the rows that it left open, and where they are asked for, quantized rows and distances.
-template <class Tile, class X, class C>
-std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const kernel::search_tally& wanted,
-                                const search_scratch& scratch, bool exact, std::int64_t groups, int processors,
-                                cudaStream_t stream) {
+void quantize_sm90_many(const detail::quantize_args<X, C>& args, const kernel::search_tally& wanted,
+                        const search_scratch& scratch, bool exact, std::int64_t groups, int processors,
+                        cudaStream_t stream) {
     using shared = kernel::sm90_shared<Tile>;
     const auto search = kernel::quantize_sm90<Tile, X, C>;
     const std::int64_t turns = (groups - 1) / std::min<std::int64_t>(processors, most_blocks) + 1;
@@ -268,7 +250,6 @@ std::int64_t quantize_sm90_many(const detail::quantize_args<X, C>& args, const k
     detail::launch_dependent(kernel::settle_rows<X, C>, static_cast<unsigned>(processors * kernel::settle_blocks),
                              kernel::settle_threads, stream, 0, 1, args, tally, scratch.open, static_cast<int>(blocks),
                              static_cast<int>(turns));
-    return kernel::wants_rows(args, tally) ? write_outputs<Tile>(args, tally, processors, stream) : 0;
 }
 
 /// What is asked of `count` rows from `first` on.
@@ -296,33 +277,34 @@ bool serves_sm90(std::int64_t codes, std::int64_t dimensions) {
            fits_shared(kernel::quantize_sm90<Tile, X, C>, kernel::sm90_shared<Tile>::allocated, device);
 }
 
-/// Prepares the codebook and searches it on Hopper's tensor cores. False, with nothing launched, where `serves_sm90`
-/// says so.
+/// Prepares the codebook and searches it on Hopper's tensor cores. Returns how many partial losses that leaves, or
+/// `no_outputs`; 0, with nothing launched, where `serves_sm90` says so.
 template <class Tile, class X, class C>
-bool quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                   const search_scratch& scratch, bool exact, std::int64_t& losses, cudaStream_t stream) {
-    if (!serves_sm90<Tile, X, C>(args.codebook.rows, args.x.columns)) return false;
+std::int64_t quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                           const search_scratch& scratch, bool exact, cudaStream_t stream) {
+    if (!serves_sm90<Tile, X, C>(args.codebook.rows, args.x.columns)) return 0;
     int device = 0, processors = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     if (!scratch.prepared) prepare<Tile::dimensions>(args.codebook, scratch.image, stream);
     const std::int64_t groups = (args.x.rows - 1) / kernel::row_results::rows + 1, wave = few_waves * processors;
+    std::int64_t losses = 0;
     const auto few = [&](std::int64_t first, std::int64_t some) {
         const std::int64_t rows = std::min(some * kernel::row_results::rows, args.x.rows - first);
         kernel::search_tally own = tally;
         if (own.loss) own.loss += losses;
         losses += quantize_sm90_few<Tile>(slice_of(args, first, rows), own, scratch, exact, some, processors, stream);
     };
-    losses = 0;
     if (groups <= wave) {
         few(0, groups);
     } else if (takes_few_twice(groups, device::image_ref::tiles(args.codebook.rows), processors)) {
         few(0, wave);
         few(wave * kernel::row_results::rows, groups - wave);
     } else {
-        losses = quantize_sm90_many<Tile>(args, tally, scratch, exact, groups, processors, stream);
+        quantize_sm90_many<Tile>(args, tally, scratch, exact, groups, processors, stream);
+        losses = no_outputs;
     }
-    return true;
+    return losses;
 }
 
 /// The image of a codebook, as block-level searches take it.
@@ -331,14 +313,14 @@ inline device::image_ref image_ref_of(const kernel::codebook_image& image, std::
 }
 
 /// Prepares the codebook and searches it on the tensor cores of sm_80 and later. Returns how many partial losses that
-/// leaves; 0, with nothing launched, where the device or the compiled code has no such path.
+/// leaves, or `no_outputs`; 0, with nothing launched, where the device or the compiled code has no such path.
 template <std::size_t D, class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                           const search_scratch& scratch, cudaStream_t stream) {
     if (fit_mma<mma_anywhere<D>, X, C>(args.x.columns).blocks == 0) return 0;
     if (!scratch.prepared) prepare<D>(args.codebook, scratch.image, stream);
-    return quantize_mma<D>(args, tally, image_ref_of(scratch.image, args.x.columns), scratch.parts, most_search_blocks,
-                           stream);
+    return quantize_mma<D>(args, tally, image_ref_of(scratch.image, args.x.columns), scratch.portable,
+                           kernel::most_segments, stream);
 }
 
 /// Searches on the CUDA cores; how many partial losses that leaves.
@@ -362,50 +344,93 @@ bool serves(std::int64_t codes, std::int64_t dimensions) {
         return true;
 }
 
-/// As `quantize` below, with one tile that `serves`, and nothing else instantiated.
+/// As `search` below, with one tile that `serves`, and nothing else instantiated.
 template <class Tile, std::size_t D, class X, class C>
-std::int64_t quantize_with(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                           const search_scratch& scratch, bool exact, cudaStream_t stream) {
+std::int64_t search_with(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                         const search_scratch& scratch, bool exact, cudaStream_t stream) {
     if constexpr (is_sm90_tile<Tile>) {
-        std::int64_t losses = 0;
-        quantize_sm90<Tile>(args, tally, scratch, exact, losses, stream);
-        return losses;
+        return quantize_sm90<Tile>(args, tally, scratch, exact, stream);
     } else if constexpr (is_mma_tile<Tile>) {
         if (!scratch.prepared) prepare<D>(args.codebook, scratch.image, stream);
         const mma_fit fit = fit_mma<Tile, X, C>(args.x.columns);
         const std::int64_t parts =
-            best_parts<Tile>(args.x.rows, args.codebook.rows, fit.blocks, scratch.parts.rows / args.x.rows);
-        return quantize_mma<Tile>(args, tally, image_ref_of(scratch.image, args.x.columns), scratch.parts, parts,
-                                  most_search_blocks, fit, stream);
+            best_parts<Tile>(args.x.rows, args.codebook.rows, fit.blocks, scratch.portable.parts.rows / args.x.rows);
+        return quantize_mma<Tile>(args, tally, image_ref_of(scratch.image, args.x.columns), scratch.portable, parts,
+                                  kernel::most_segments, fit, stream);
     } else {
         return quantize_simt<Tile, D>(args, tally, stream);
     }
 }
 
-/// Launches the search; returns how many partial losses it leaves in `tally`. Not `exact`: a path that has a faster
-/// way may take it.
+/// Launches the search; returns how many partial losses it leaves in `tally`, or `no_outputs`. Not `exact`: a path that
+/// has a faster way may take it.
 template <class Tile, std::size_t D, class X, class C>
-std::int64_t quantize(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                      const search_scratch& scratch, bool exact, cudaStream_t stream) {
-    if (args.x.rows == 0) return 0;
+std::int64_t search(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                    const search_scratch& scratch, bool exact, cudaStream_t stream) {
     if constexpr (!std::is_same_v<Tile, automatic_tile>) {
-        return quantize_with<Tile, D>(args, tally, scratch, exact, stream);
+        return search_with<Tile, D>(args, tally, scratch, exact, stream);
     } else {
         // Scores of a single code are all 0, which tell nothing: every row would have to be settled.
         if (args.codebook.rows == 1) return quantize_simt<simt_tile, D>(args, tally, stream);
         std::int64_t losses = 0;
-        bool launched = false;
-        with_sm90_tile<D>(args.x.columns, [&](auto tile) {
-            launched = quantize_sm90<decltype(tile)>(args, tally, scratch, exact, losses, stream);
-        });
-        if (launched) return losses;
+        if (!wants_all_blocks(args.x.rows, args.codebook.rows, args.x.columns))
+            with_sm90_tile<D>(args.x.columns, [&](auto tile) {
+                losses = quantize_sm90<decltype(tile)>(args, tally, scratch, exact, stream);
+            });
+        if (losses != 0) return losses;
         const std::int64_t simt_steps =
             ((args.codebook.rows - 1) / simt_tile::codes + 1) * ((args.x.columns - 1) / simt_tile::depth + 1);
         const bool tiny = simt_steps <= most_simt_steps && args.x.rows <= most_simt_rows;
         if (!tiny && has_image(args.codebook.rows, args.codebook.columns))
             losses = quantize_mma<D>(args, tally, scratch, stream);
-        return losses > 0 ? losses : quantize_simt<simt_tile, D>(args, tally, stream);
+        return losses != 0 ? losses : quantize_simt<simt_tile, D>(args, tally, stream);
     }
+}
+
+/// Calls use(Bits) with log2 of the lanes that take a row in `write_outputs`, four columns each: of a static D, that
+/// one alone is instantiated.
+template <std::size_t D, int Bits = 1, class Use>
+std::int64_t with_row_lanes(std::int64_t columns, const Use& use) {
+    constexpr std::integral_constant<int, Bits> bits;
+    if constexpr (Bits == 5 || D <= 4 << Bits) {
+        return use(bits);
+    } else {
+        if constexpr (D == dynamic_extent)
+            if (columns <= 4 << Bits) return use(bits);
+        return with_row_lanes<D, Bits + 1>(columns, use);
+    }
+}
+
+/// Quantized rows and distances of at least 32 rows whose codes are there. Returns how many partial losses that leaves.
+template <std::size_t D, class X, class C>
+std::int64_t write_outputs(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                           cudaStream_t stream) {
+    int device = 0, processors = 0;
+    CUVQ_CHECK_CUDA(cudaGetDevice(&device));
+    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    // Two waves of blocks, each with some rows for every warp.
+    const unsigned blocks =
+        detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, 2 * kernel::outputs_blocks * processors);
+    const auto launch = [&](auto bits, int at_once) {
+        const auto write = kernel::write_outputs<decltype(bits)::value, X, C>;
+        detail::launch_next(detail::is_for_hopper(write), write, blocks, kernel::outputs_threads, stream, 0, args,
+                            tally, output_rows(args.x.rows, at_once));
+        return std::int64_t{blocks} * (kernel::outputs_threads / 32);
+    };
+    if (!kernel::has_vector_rows(args)) return launch(std::integral_constant<int, -1>(), args.x.columns <= 16 ? 32 : 8);
+    return with_row_lanes<D>(args.x.columns,
+                             [&](auto bits) { return launch(bits, kernel::rows_at_once<decltype(bits)::value>); });
+}
+
+/// Launches the search, and where that writes codes only, what writes the other outputs that are asked for. Returns how
+/// many partial losses that leaves in `tally`. `exact`: as `search`.
+template <class Tile, std::size_t D, class X, class C>
+std::int64_t quantize(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
+                      const search_scratch& scratch, bool exact, cudaStream_t stream) {
+    if (args.x.rows == 0) return 0;
+    const std::int64_t losses = search<Tile, D>(args, tally, scratch, exact, stream);
+    if (losses != no_outputs) return losses;
+    return kernel::wants_rows(args, tally) ? write_outputs<D>(args, tally, stream) : 0;
 }
 
 }  // namespace cuvq::dispatch

@@ -46,7 +46,7 @@ struct mma_fit {
 template <class Tile, class X, class C>
 mma_fit fit_mma(std::int64_t dimensions) {
     const auto search = kernel::quantize_mma<Tile, X, C>;
-    int device = 0, major = 0, processors = 0, most_bytes = 0, each = 0;
+    int device = 0, major = 0, most_bytes = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     if (major < 8 || dimensions < device::mma_shape<Tile>::least_columns) return {};
@@ -61,10 +61,7 @@ mma_fit fit_mma(std::int64_t dimensions) {
     if (bytes + static_cast<std::int64_t>(attributes.sharedSizeBytes) > most_bytes) return {};
     // All that it may have: what is allowed holds for all threads of the host, and must not depend on the call.
     detail::allow_shared_bytes(search, most_bytes - static_cast<int>(attributes.sharedSizeBytes));
-    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    CUVQ_CHECK_CUDA(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, search, Tile::threads, static_cast<std::size_t>(bytes)));
-    return {each * processors, static_cast<int>(bytes)};
+    return {detail::blocks_at_once(search, Tile::threads, static_cast<std::size_t>(bytes)), static_cast<int>(bytes)};
 }
 
 /// Scratch memory for a codebook cut into parts.
@@ -73,6 +70,15 @@ struct parts_scratch {
     double* distances = nullptr;
     int* codes = nullptr;
 };
+
+/// Scratch memory of a portable search.
+struct mma_scratch {
+    parts_scratch parts{};
+    kernel::hard_rows hard{};
+};
+
+/// Instead of a number of partial losses: none, and no other outputs but codes.
+inline constexpr std::int64_t no_outputs = -1;
 
 /// For as many parts as may pay: at most 12 bytes for each row and tile of the codebook, 192 KB, and 1.5 bytes per
 /// element of the codebook.
@@ -111,20 +117,38 @@ kernel::codebook_parts cut(std::int64_t codes, std::int64_t parts, const parts_s
     return {(tiles - 1) / each + 1, each * (Tile::codes / device::image_tile), scratch.distances, scratch.codes};
 }
 
-/// Searches with one tile, the codebook in so many parts. Returns how many partial losses it leaves in `tally`; 0, with
-/// nothing launched, where the tile does not fit. `image`: of args.codebook; `fit`: the tile's, for these types and
-/// dimensions; `scratch`: for rows times parts.
+/// Searches with one tile, the codebook in so many parts. Returns how many partial losses it leaves in `tally`, or
+/// `no_outputs` where it has written codes only. `image`: of args.codebook; `fit`: the tile's, for these types and
+/// dimensions, where it fits; `scratch`: for rows times parts.
 template <class Tile, class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                          const device::image_ref& image, const parts_scratch& scratch, std::int64_t wanted_parts,
+                          const device::image_ref& image, const mma_scratch& scratch, std::int64_t wanted_parts,
                           std::int64_t most_blocks, const mma_fit& fit, cudaStream_t stream) {
-    if (fit.blocks == 0) return 0;
-    const kernel::codebook_parts parts = cut<Tile>(args.codebook.rows, wanted_parts, scratch);
+    const kernel::codebook_parts parts = cut<Tile>(args.codebook.rows, wanted_parts, scratch.parts);
     const std::int64_t groups = (args.x.rows - 1) / Tile::rows + 1;
-    const unsigned blocks =
-        detail::blocks_for(groups * parts.count, 1, std::min<std::int64_t>(most_blocks, fit.blocks));
-    detail::launch(kernel::quantize_mma<Tile, X, C>, blocks, Tile::threads, stream,
-                   static_cast<std::size_t>(fit.shared_bytes), args, image, tally, parts);
+    const auto search = [&](const auto& wanted, const kernel::search_tally& own, const kernel::hard_rows& hard) {
+        const unsigned blocks =
+            detail::blocks_for(groups * parts.count, 1, std::min<std::int64_t>(most_blocks, fit.blocks));
+        detail::launch(kernel::quantize_mma<Tile, X, C>, blocks, Tile::threads, stream,
+                       static_cast<std::size_t>(fit.shared_bytes), wanted, image, own, parts, hard);
+        return blocks;
+    };
+    // Of fewer rows, cut into parts, all blocks have some of a hard row's codes; or there are few codes.
+    if (parts.count == 1 && scratch.hard.rows && 2 * groups > std::min<std::int64_t>(most_blocks, fit.blocks)) {
+        detail::quantize_args<X, C> codes_only = args;
+        kernel::search_tally own = tally;
+        codes_only.quantized = {};
+        codes_only.distances = {};
+        own.loss = nullptr;
+        const unsigned blocks = search(codes_only, own, scratch.hard);
+        const auto settle = kernel::settle_hard_rows<X, C>;
+        const auto settling = static_cast<unsigned>(detail::blocks_at_once(settle, kernel::settle_threads, 0));
+        detail::launch_next(detail::is_for_hopper(settle), settle, settling, kernel::settle_threads, stream, 0,
+                            codes_only, own, scratch.hard, device::mma_shape<Tile>::layout(), static_cast<int>(blocks),
+                            Tile::rows);
+        return no_outputs;
+    }
+    const unsigned blocks = search(args, tally, {});
     if (parts.count == 1) return std::int64_t{blocks} * (Tile::threads / 32);
     constexpr int warps = kernel::outputs_threads / 32;
     const auto choose = kernel::choose_part<X, C>;
@@ -148,17 +172,17 @@ using mma_anywhere = std::conditional_t<flat_fits<D>, mma_flat, mma_streamed>;
 /// tile that only wider rows want.
 template <std::size_t D, class X, class C>
 std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
-                          const device::image_ref& image, const parts_scratch& scratch, std::int64_t most_blocks,
+                          const device::image_ref& image, const mma_scratch& scratch, std::int64_t most_blocks,
                           cudaStream_t stream) {
     const std::int64_t rows = args.x.rows, codes = args.codebook.rows, columns = args.x.columns;
     const auto search = [&](auto tile, const mma_fit& fit) {
         using Tile = decltype(tile);
-        const std::int64_t parts = fit.blocks > 0 ? best_parts<Tile>(rows, codes, fit.blocks, scratch.rows / rows) : 1;
+        const std::int64_t parts = best_parts<Tile>(rows, codes, fit.blocks, scratch.parts.rows / rows);
         return quantize_mma<Tile>(args, tally, image, scratch, parts, most_blocks, fit, stream);
     };
     const mma_fit flat = fit_mma<mma_flat, X, C>(columns);
     const std::int64_t groups = (rows - 1) / mma_flat::rows + 1, tiles = (codes - 1) / mma_flat::codes + 1;
-    if (2 * groups * tiles <= flat.blocks && scratch.rows > rows) {
+    if (2 * groups * tiles <= flat.blocks && scratch.parts.rows > rows) {
         const mma_fit few = fit_mma<mma_few, X, C>(columns);
         if (few.blocks > 0) return search(mma_few{}, few);
     }

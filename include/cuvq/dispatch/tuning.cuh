@@ -52,6 +52,12 @@ constexpr bool takes_few_twice(long long groups, long long tiles, int processors
     return tiles >= 64 && 3 * groups <= 4LL * few_waves * processors;
 }
 
+/// So few rows of a codebook so large that the blocks of one cluster take longer than all blocks of the portable
+/// search.
+constexpr bool wants_all_blocks(long long rows, long long codes, long long dimensions) {
+    return rows <= 64 && codes >= 49152 && dimensions > 141;
+}
+
 /// Blocks of it that a card of so many processors holds at once, in clusters of `cluster`: larger clusters do not
 /// come out even in the card's groups of processors (measured on an H100: 66 of 2, 30 of 4, 15 of 8).
 constexpr int few_room(long long cluster, int processors) {

@@ -78,9 +78,11 @@ __device__ inline float square_of(const float4& x, const float4& c) {
     return fmaf(e.x, e.x, e.y * e.y) + fmaf(e.z, e.z, e.w * e.w);
 }
 
-/// Whether a sum of such, of up to 4096 columns, is good to the promised error of a distance: each lane adds up at most
+/// Whether a sum of such over so many columns is good to the promised error of a distance: each lane adds up at most
 /// D / 32 squares, or four.
-__device__ inline bool is_sound_sum(float sum) { return sum >= 0x1p-80f && sum <= 0x1p126f; }
+__device__ inline bool is_sound_sum(float sum, std::int64_t columns) {
+    return sum >= 0x1p-80f && sum <= 0x1p126f && columns <= 4096;
+}
 
 /// Sums of `Count` values over `lanes` lanes, at least so many, both powers of two: lane l of these gets that of
 /// v[l * Count / lanes]. Leaves v changed.
@@ -123,7 +125,7 @@ __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_ta
         const std::int64_t k = __shfl_sync(all, code, r & 31);
         const bool has_code = r < count && k >= 0, wanted = owner && r < count && k != row_left_open;
         double distance = has_code ? sum : nan;
-        const bool doubtful = has_code && !(is_sound_sum(sum) && columns <= 4096);
+        const bool doubtful = has_code && !is_sound_sum(sum, columns);
         for (unsigned again = __ballot_sync(all, doubtful && owner); again != 0; again &= again - 1) {
             const int which = __ffs(again) - 1, own_row = __shfl_sync(all, r, which);
             const std::int64_t own_code = __shfl_sync(all, k, which);

@@ -7,7 +7,6 @@
 #include <type_traits>
 
 #include <cuda_runtime.h>
-#include <cub/block/block_scan.cuh>
 
 #include <cuvq/arch/hopper.cuh>
 #include <cuvq/arch/wgmma_sm90.cuh>
@@ -15,6 +14,7 @@
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/device/image.cuh>
 #include <cuvq/kernel/outputs.cuh>
+#include <cuvq/kernel/shared_rows.cuh>
 #include <cuvq/kernel/table_filter_sm90.cuh>
 #include <cuvq/views.hpp>
 
@@ -66,30 +66,11 @@ struct list_segments {
 /// The rows that a search leaves open, listed by each finishing warp, in those places of the lists that are the indices
 /// of the rows it sees: from the front rows whose words are all codes, from the back others.
 struct open_rows {
-    int* rows = nullptr;                  // [N rounded up to 64] their numbers among those that the warp sees
-    open_words* words = nullptr;          // [N rounded up to 64]
-    int2* counts = nullptr;               // [finishing warps] how many from the front, and from the back
-    struct shared_row* shared = nullptr;  // [most_shared_rows], if a codebook has `shared_parts`
+    int* rows = nullptr;           // [N rounded up to 64] their numbers among those that the warp sees
+    open_words* words = nullptr;   // [N rounded up to 64]
+    int2* counts = nullptr;        // [finishing warps] how many from the front, and from the back
+    shared_row* shared = nullptr;  // [most_shared_rows], if a codebook has `shared_parts`
 };
-
-/// A row that several blocks settle together, each some of its codes; the last one to be done decides. None is in use
-/// when a search starts.
-struct shared_row {
-    static constexpr int most_parts = 64;
-    double distance[most_parts];
-    std::int64_t code[most_parts];
-    unsigned done;
-};
-inline constexpr int most_shared_rows = 64;
-
-/// In how many parts blocks look through a whole codebook together for one row.
-CUVQ_HOST_DEVICE constexpr int shared_parts(std::int64_t codes, std::int64_t dimensions) {
-    const std::int64_t elements = codes * dimensions, parts = (elements - 1) / (1 << 14) + 1;
-    return elements <= 1 << 16 ? 1 : static_cast<int>(parts < shared_row::most_parts ? parts : shared_row::most_parts);
-}
-
-inline constexpr int settle_threads = 256, settle_blocks = 2;  // of a multiprocessor
-inline constexpr int most_segments = 1024;                     // finishing warps
 
 #if CUVQ_HAS_WGMMA
 
@@ -136,29 +117,6 @@ __device__ void consider_words(device::exact_choice& choice, const open_words& w
         }
     }
     __syncwarp();
-}
-
-/// The choice of a warp, from those of its lanes.
-__device__ inline void merge_warp(device::exact_choice& choice) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) choice.merge(0xFFFFFFFFu, step);
-}
-
-/// The choice of a whole block, from those of its lanes; in warp 0. All threads call it, after a
-/// barrier that lets `distances` and `codes` be written; they may be written again after the next one.
-template <int Warps>
-__device__ void merge_block(device::exact_choice& choice, double (&distances)[Warps], std::int64_t (&codes)[Warps]) {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    merge_warp(choice);
-    if (threadIdx.x % 32 == 0) {
-        distances[warp] = choice.distance;
-        codes[warp] = choice.code;
-    }
-    __syncthreads();
-    if (warp == 0) {
-        for (int w = 1; w < Warps; ++w)
-            if (codes[w] >= 0) choice.consider(distances[w], codes[w]);
-    }
 }
 
 inline constexpr int line_bytes = 128;
@@ -287,40 +245,6 @@ __device__ void settle_listed(const detail::quantize_args<X, C>& a, const search
     }
 }
 
-/// Where each finishing warp's rows begin among those of all, of some kind. Shared memory.
-struct segment_starts {
-    using scan = cub::BlockScan<std::int64_t, settle_threads>;
-    typename scan::TempStorage storage;
-    std::int64_t starts[most_segments];
-
-    /// From the number of each: of `segments` ones, count_of(segment). Returns the number of all. Whole block.
-    template <class CountOf>
-    __device__ std::int64_t set(int segments, const CountOf& count_of) {
-        constexpr int each = most_segments / settle_threads;
-        std::int64_t count[each], total;
-#pragma unroll
-        for (int i = 0; i < each; ++i) {
-            const int segment = static_cast<int>(threadIdx.x) * each + i;
-            count[i] = segment < segments ? count_of(segment) : 0;
-        }
-        __syncthreads();
-        scan(storage).ExclusiveSum(count, count, total);
-#pragma unroll
-        for (int i = 0; i < each; ++i) starts[static_cast<int>(threadIdx.x) * each + i] = count[i];
-        __syncthreads();
-        return total;
-    }
-    /// Whose row number `number` is.
-    __device__ int find(std::int64_t number) const {
-        int low = 0, high = most_segments;  // of the segments that start at `number` or before, the last
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            (starts[middle] <= number ? low : high) = middle;
-        }
-        return low;
-    }
-};
-
 /// How the rows listed from the front are dealt out to warps. So many warps begin with each segment's, which are known
 /// without a look at others', and take so many of them at most; what is left, where a part of the batch is harder than
 /// others, all share.
@@ -368,49 +292,25 @@ __device__ __noinline__ void settle_rest(const detail::quantize_args<X, C>& a, c
     }
 }
 
-/// Codes of the rows listed from the back, by a block each, the last blocks first, or if they are few, by several.
+/// Codes of the rows listed from the back.
 template <class X, class C>
 __device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_tally& tally, const open_rows& open,
-                            const list_segments& segments, segment_starts& shared_starts) {
-    constexpr int warps = settle_threads / 32;
-    __shared__ double distances[warps];
-    __shared__ std::int64_t codes[warps];
-    __shared__ bool decides;
-    const std::int64_t total = shared_starts.set(segments.count(), [&](int segment) { return open.counts[segment].y; });
-    const int parts = total > most_shared_rows ? 1 : shared_parts(a.codebook.rows, a.codebook.columns);
-    for (std::int64_t i = gridDim.x - 1 - blockIdx.x; i < total * parts; i += gridDim.x) {
-        const std::int64_t number = i / parts;
-        const int part = static_cast<int>(i % parts);
-        const int low = shared_starts.find(number);
+                            const list_segments& segments, segment_starts& starts) {
+    struct open_row {
+        std::int64_t row, place;
+    };
+    const std::int64_t total = starts.set(segments.count(), [&](int segment) { return open.counts[segment].y; });
+    const auto find = [&](std::int64_t number) {
+        const int low = starts.find(number);
         const rows_seen seen = segments.of(low);
-        const std::int64_t place = seen.row(seen.count() - 1 - static_cast<int>(number - shared_starts.starts[low]));
-        const std::int64_t row = seen.row(open.rows[place]);
-        device::exact_choice choice;
-        consider_words(choice, open.words[place], a.x.row(row), a.codebook, a.x.columns,
-                       static_cast<int>(threadIdx.x) / 8, settle_threads / 8, part, parts);
-        merge_block(choice, distances, codes);
-        __syncthreads();
-        if (parts > 1) {
-            shared_row& shared = open.shared[number];
-            if (threadIdx.x == 0) {
-                shared.distance[part] = choice.distance;
-                shared.code[part] = choice.code;
-                __threadfence();
-                decides = atomicAdd(&shared.done, 1u) == static_cast<unsigned>(parts - 1);
-                __threadfence();
-            }
-            __syncthreads();
-            if (!decides) continue;
-            choice = {};
-            if (threadIdx.x < parts) {
-                choice.distance = __ldcg(shared.distance + threadIdx.x);
-                choice.code = __ldcg(reinterpret_cast<const long long*>(shared.code) + threadIdx.x);
-            }
-            merge_block(choice, distances, codes);
-            __syncthreads();
-        }
-        if (threadIdx.x == 0) write_code(a, tally, row, choice.code, tally.digits.of(row));
-    }
+        const std::int64_t place = seen.row(seen.count() - 1 - static_cast<int>(number - starts.starts[low]));
+        return open_row{seen.row(open.rows[place]), place};
+    };
+    settle_spread(a, tally, total, open.shared, find,
+                  [&](device::exact_choice& choice, const open_row& found, int part, int parts) {
+                      consider_words(choice, open.words[found.place], a.x.row(found.row), a.codebook, a.x.columns,
+                                     static_cast<int>(threadIdx.x) / 8, settle_threads / 8, part, parts);
+                  });
 }
 
 #endif  // CUVQ_HAS_WGMMA

@@ -82,14 +82,14 @@ __device__ void write_vector_rows(const detail::quantize_args<X, C>& a, const se
             for (int b = 0; b < batch; ++b) sums[b] += square_of(x[b], c[b]);
         }
         x_row += batch * x_step;
-        quantized_row += batch * quantized_step;
+        if (a.quantized) quantized_row += batch * quantized_step;
         __syncwarp();  // lanes beyond the last column wait for the others here, not in a shuffle
         if (!wants_distance) continue;
         const float sum = sum_shares(sums, lanes);
         if (column % (lanes / batch) != 0) continue;
         const int r = base + column / (lanes / batch) * together + start;
         // Where a row has no code, it or all of the codebook is not finite, and so is the sum.
-        const bool sound = is_sound_sum(sum);
+        const bool sound = is_sound_sum(sum, columns);
         if (!sound) again |= 1u << r;
         if (a.distances) a.distances[first + r] = sum;
         if (tally.loss && sound && r >= seen) loss += sum;
