@@ -796,27 +796,38 @@ TEST_F(EmaTest, UpdateOfALargeBatchFollowsEveryRule) {
 
 TEST_F(EmaTest, TwoStreamsAtOnce) {
     random_source random;
-    const auto before_a = trained_state<float>(random, 300, 16), before_b = trained_state<float>(random, 200, 20);
+    const auto sequence = [](auto& memory, cudaStream_t stream, const workspace& ws) {
+        for (int step = 0; step < 6; ++step) memory.run(ws, stream);
+    };
+    const auto expect_independent = [&](const host_state<float>& before_a, auto& a, const host_state<float>& before_b,
+                                        auto& b) {
+        a.state.upload(before_a);
+        b.state.upload(before_b);
+        sequence(a, nullptr, {});
+        sequence(b, nullptr, {});
+        const auto after_a = a.state.download(), after_b = b.state.download();
+        const device_workspace ws(b.workspace_bytes());
+        const test_stream stream_a, stream_b;
+        for (int round = 0; round < 4; ++round) {
+            a.state.upload(before_a);
+            b.state.upload(before_b);
+            sequence(a, stream_a, {});
+            sequence(b, stream_b, ws.lent());
+            ASSERT_TRUE(same_state(a.state.download(), after_a));
+            ASSERT_TRUE(same_state(b.state.download(), after_b));
+        }
+    };
+    const auto before_a = trained_state<float>(random, 300, 16), before_b = trained_state<float>(random, 200, 20),
+               before_c = trained_state<float>(random, 5000, 12);
     update_memory<float, float> a(before_a, random.normals<float>(8000, 16), skewed_codes(random, 8000, 300),
                                   ema_params::rectokens());
     update_memory<float, float> b(before_b, random.normals<float>(9000, 20), skewed_codes(random, 9000, 200),
                                   ema_params::encodec());
-    const auto sequence = [](auto& memory, cudaStream_t stream, const workspace& ws) {
-        for (int step = 0; step < 6; ++step) memory.run(ws, stream);
-    };
-    sequence(a, nullptr, {});
-    sequence(b, nullptr, {});
-    const auto after_a = a.state.download(), after_b = b.state.download();
-    const device_workspace ws(b.workspace_bytes());
-    const test_stream stream_a, stream_b;
-    for (int round = 0; round < 4; ++round) {
-        a.state.upload(before_a);
-        b.state.upload(before_b);
-        sequence(a, stream_a, {});
-        sequence(b, stream_b, ws.lent());
-        ASSERT_TRUE(same_state(a.state.download(), after_a));
-        ASSERT_TRUE(same_state(b.state.download(), after_b));
-    }
+    // Blocks of two updates that wait for each other.
+    update_memory<float, float> c(before_c, random.normals<float>(9000, 12), skewed_codes(random, 9000, 5000),
+                                  ema_params::sonnet());
+    expect_independent(before_a, a, before_b, b);
+    expect_independent(before_c, c, before_b, b);
 }
 
 TEST_F(EmaSmall, ReplaysOfACapturedUpdateAreSteps) {

@@ -80,6 +80,7 @@ if command -v compute-sanitizer >/dev/null; then
     for name in quantize_test:QuantizeTypesSmall/float_float_codebook.NormalData \
         quantize_test:QuantizeSmall.RowsNearSeveralEqualCodes \
         quantize_test:QuantizeSmall.RowsThatAClusterSettlesTogether \
+        quantize_mma_test:QuantizeMmaSmall.OneRepeatedRow \
         device.nearest_mma_test:NearestMmaSmall.AnImageOfFewRowsOverAndOver \
         accumulate_test:AccumulateTypesSmall/float.WithBadCodesNanRowsAndBadWeights \
         ema_test:EmaSmall.OddDimensions train_step_test:TrainStepSmall.OddDimensions; do

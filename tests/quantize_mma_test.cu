@@ -415,15 +415,20 @@ TEST_F(QuantizeMmaTest, HardRowsAmongMany) {
     for (const auto& [k, d] : std::vector<std::array<std::int64_t, 2>>{{700, 24}, {1500, 66}, {1400, 300}})
         for (const std::int64_t hard : {1, 40, 700}) {
             SCOPED_TRACE(testing::Message() << hard << " rows, " << k << " codes, D = " << d);
-            const std::int64_t n = 20011;
+            const std::int64_t n = 40011;
             auto x = random.normals<float>(n, d), codebook = random.normals<float>(k, d);
             for (std::int64_t code = 3; code < k; code += 2)
                 for (std::int64_t c = 0; c < d; ++c) codebook(code, c) = codebook.at(1, c);
             for (std::int64_t i = 0; i < hard; ++i) {
                 for (std::int64_t c = 0; c < d; ++c) x(5000 + i, c) = codebook.at(1, c) * (1 + 0x1p-20f * i);
                 if (i % 7 == 6) x(5000 + i, i % d) = i % 2 ? nan : inf;
+                if (i % 7 == 3 && hard == 40)  // beyond what half precision can tell anything of
+                    for (std::int64_t c = 0; c < d; ++c) x(5000 + i, c) *= 0x1p60f;
             }
             search_memory<float, float> memory(x, codebook, {});
+            const device_array<char> image(static_cast<std::int64_t>(prepared_codebook_bytes(k, d)));
+            const prepared_codebook prepared{image.data(), static_cast<std::size_t>(image.size())};
+            prepare(memory.codebook.view(), prepared);
             const auto right = memory.run_simt();
             EXPECT_EQ(right.codes[5000], 1);
             const auto expect_right = [&](auto tile) {
@@ -432,8 +437,16 @@ TEST_F(QuantizeMmaTest, HardRowsAmongMany) {
                 SCOPED_TRACE(testing::Message() << "tile of " << Tile::rows << " rows, " << Tile::codes << " codes");
                 const device_array<step_stats> stats(1);
                 quantize_params params;
-                params.stats = stats.data();
                 device_array<std::uint16_t> codes(n);
+                params.prepared = prepared;
+                EXPECT_EQ(launches([&](cudaStream_t stream) {
+                              quantize<Tile>(memory.x.view(), memory.codebook.view(), codes.view(), discard, discard,
+                                             params, {}, stream);
+                          }),
+                          2)
+                    << "the search, and what settles hard rows";
+                params = {};
+                params.stats = stats.data();
                 std::vector<step_stats> told;
                 for (const bool all : {false, true}) {
                     codes.fill(poison);

@@ -368,6 +368,21 @@ TEST_F(QuantizeTest, FewRowsOfACodebookThatAllBlocksShare) {
         for (const std::int64_t code : {k / 3, k / 2, k - 1})  // in several blocks' parts
             for (std::int64_t c = 0; c < d; ++c) codebook(code, c) = x.at(n - 1, c);
         expect_exact(x, codebook);
+        if (!dispatch::serves_sm90<sm90_d269, float, float>(k, d)) continue;
+        search_memory<float, float> memory(x, codebook);
+        const device_array<char> image(static_cast<std::int64_t>(prepared_codebook_bytes(k, d)));
+        memory.params.prepared = {image.data(), static_cast<std::size_t>(image.size())};
+        prepare(memory.codebook.view(), memory.params.prepared);
+        for (const accuracy how : {accuracy::exact, accuracy::fast}) {
+            memory.params.accuracy = how;
+            memory.params.stats = nullptr;
+            const bool shares = how == accuracy::exact && n <= 64 && k >= 49152;
+            EXPECT_EQ(launches([&](cudaStream_t stream) {
+                          quantize(memory.x.view(), memory.codebook.view(), memory.codes.view(), discard, discard,
+                                   memory.params, {}, stream);
+                      }),
+                      shares ? 2 : 1);
+        }
     }
 }
 

@@ -86,15 +86,21 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cu
     CUVQ_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 }
 
+/// Multiprocessors of the current device.
+inline int processor_count() {
+    int device = 0, processors = 0;
+    CUVQ_CHECK_CUDA(cudaGetDevice(&device));
+    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    return processors;
+}
+
 /// Blocks of a kernel that the device holds at once, with so much dynamic shared memory each.
 template <class... Parameters>
 int blocks_at_once(void (*kernel)(Parameters...), unsigned threads, std::size_t shared_bytes) {
-    int device = 0, processors = 0, each = 0;
-    CUVQ_CHECK_CUDA(cudaGetDevice(&device));
-    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    int each = 0;
     CUVQ_CHECK_CUDA(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(threads), shared_bytes));
-    return each * processors;
+    return each * processor_count();
 }
 
 /// As `launch`, of at most `blocks_at_once`, which then all run at the same time and may wait for each other.

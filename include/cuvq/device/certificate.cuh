@@ -246,6 +246,17 @@ __device__ inline float filter_limit(float least, std::int64_t columns) {
     return limit <= largest ? limit : __int_as_float(0x7FC00000);
 }
 
+/// One of `parts` equal shares of `all` items: its first, and how many, below 1 if there are none left.
+struct share_of {
+    std::int64_t first, count;
+
+    __device__ share_of(std::int64_t all, int part, int parts) {
+        const std::int64_t each = (all - 1) / parts + 1;
+        first = part * each;
+        count = min(each, all - first);
+    }
+};
+
 /// Considers those of the codes at(0) .. at(count - 1) that group `group` of `groups` groups of eight lanes is to take
 /// and that the filter does not rule out: some at a time, so that their loads overlap. `at` may name a code twice.
 template <class X, class C, class At>

@@ -23,9 +23,9 @@ __device__ void consider_slots(exact_choice& choice, const X* row, const matrix_
                                std::int64_t columns, unsigned slots, const slot_layout& layout, int group, int groups,
                                int part = 0, int parts = 1) {
     const auto consider = [&](std::int64_t all, const auto& code_at) {
-        const std::int64_t each = (all - 1) / parts + 1, first = part * each;
-        consider_codes(choice, row, codebook, columns, min(each, all - first), group, groups,
-                       [&](std::int64_t i) { return code_at(first + i); });
+        const share_of own(all, part, parts);
+        consider_codes(choice, row, codebook, columns, own.count, group, groups,
+                       [&](std::int64_t i) { return code_at(own.first + i); });
     };
     if (slots == 0) {
         if (is_row_finite(row, columns)) consider(codebook.rows, [](std::int64_t i) { return i; });

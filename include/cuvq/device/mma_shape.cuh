@@ -90,7 +90,7 @@ struct mma_shape {
     static constexpr int slots_at = codes;
     static constexpr int candidates_at = slots_at + Policy::rows * slots * static_cast<int>(sizeof(slot));
     static_assert(candidates_at + most_candidates * static_cast<int>(sizeof(candidate)) <= rows, "");
-    static_assert(Policy::rows <= Policy::threads && Policy::rows <= 256, "");
+    static_assert(Policy::rows <= Policy::threads && (Policy::rows == 64 || Policy::rows == 128), "");
 
     CUVQ_HOST_DEVICE static constexpr slot_layout layout() { return {Policy::codes, warp_codes}; }
 

@@ -152,32 +152,40 @@ inline kernel::row_source rows_of(const const_codes_ref& codes, const vector_ref
 
 /// The launch that sums a small batch, for either tile.
 struct gather_plan {
+    using in_clusters = gather_tile<gather_shapes::cluster>;
+    using alone = gather_tile<1>;
+
     kernel::row_source source;
-    int block_bits = 0;  // log2 of the codes of a block
     bool vectors = false, checks = false;
 
     template <class X>
     gather_plan(const detail::accumulate_args<X>& a, const provenance& from)
         : source(rows_of(a.codes, a.weights, from, a.sums.rows, 0, a.x.rows)),
-          block_bits(gather_shapes::block_bits(a.sums.rows, a.x.columns)),
-          vectors(kernel::has_vectors<gather_tile<1>::columns / 32>(a.x)),
-          checks(a.x.columns > gather_tile<1>::columns && !from.trusted) {}
+          vectors(kernel::has_vectors<alone::columns / 32>(a.x)),
+          checks(a.x.columns > alone::columns && !from.trusted) {}
 
-    /// Launches the kernel in clusters where the card has them, `extra` of which have no codes: `in_clusters` and
-    /// `alone` are it with either tile. Returns the number of blocks.
+    /// Launches the kernel in clusters where the card has them, `extra` of which have no codes: `clustered` and
+    /// `single` are it with either tile, and take the log2 of the codes of a block before the `arguments`. Returns the
+    /// number of blocks.
     template <class... Parameters, class... Arguments>
-    static unsigned launch(std::int64_t codes, int block_bits, unsigned extra, void (*in_clusters)(Parameters...),
-                           void (*alone)(Parameters...), cudaStream_t stream, const Arguments&... arguments) {
-        constexpr unsigned cluster = 8, threads = gather_tile<cluster>::threads;
-        const std::int64_t blocks = ((codes - 1) >> block_bits) + 1;
-        if (detail::is_for_hopper(in_clusters)) {
-            const unsigned all = (static_cast<unsigned>((blocks - 1) / cluster + 1) + extra) * cluster;
-            detail::launch_dependent(in_clusters, all, threads, stream, 0, cluster, arguments...);
-            return all;
-        }
-        const unsigned all = static_cast<unsigned>(blocks) + extra;
-        detail::launch(alone, all, threads, stream, 0, arguments...);
-        return all;
+    static unsigned launch(const matrix_ref<float>& sums, unsigned extra, void (*clustered)(Parameters...),
+                           void (*single)(Parameters...), cudaStream_t stream, const Arguments&... arguments) {
+        const bool has_clusters = detail::is_for_hopper(clustered);
+        const auto launch_tile = [&](auto tile, auto gather) {
+            using Tile = decltype(tile);
+            constexpr unsigned cluster = Tile::cluster;
+            constexpr std::size_t bytes = sizeof(kernel::gather_storage<Tile>);
+            const int bits = Tile::block_bits(sums.rows, sums.columns);
+            const auto clusters = static_cast<unsigned>(((sums.rows - 1) >> bits) / cluster + 1) + extra;
+            detail::allow_shared_bytes(gather, static_cast<int>(bytes));
+            if (has_clusters)
+                detail::launch_dependent(gather, clusters * cluster, Tile::threads, stream, bytes, cluster, bits,
+                                         arguments...);
+            else
+                detail::launch(gather, clusters * cluster, Tile::threads, stream, bytes, bits, arguments...);
+            return clusters * cluster;
+        };
+        return has_clusters ? launch_tile(in_clusters{}, clustered) : launch_tile(alone{}, single);
     }
 };
 
@@ -187,9 +195,8 @@ void accumulate(const detail::accumulate_args<X>& a, bool add, const provenance&
                 unsigned long long* invalid_rows, cudaStream_t stream) {
     if (gather_shapes::include(a.x.rows, a.sums.rows, a.x.columns)) {
         const gather_plan plan(a, from);
-        plan.launch(a.sums.rows, plan.block_bits, 0, kernel::gather<gather_tile<8>, X>,
-                    kernel::gather<gather_tile<1>, X>, stream, a, plan.source, plan.block_bits, plan.vectors,
-                    plan.checks, add, invalid_rows);
+        plan.launch(a.sums, 0, kernel::gather<gather_plan::in_clusters, X>, kernel::gather<gather_plan::alone, X>,
+                    stream, a, plan.source, plan.vectors, plan.checks, add, invalid_rows);
         return;
     }
     constexpr std::int64_t most = 1 << 20;

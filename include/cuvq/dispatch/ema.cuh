@@ -47,9 +47,10 @@ void ema_apply(const detail::ema_args<T, R>& a, const ema_params& p, const ema_s
     const auto blocks = [&](std::int64_t most) { return detail::blocks_for(a.counts.size, threads / 32, most) + lead; };
     const kernel::size_total total{m.parts, parts};
     if (total.parts && parts == 0) {
-        const int most = std::min(detail::blocks_at_once(apply, threads, 0), kernel::most_total_parts);
-        detail::launch_together(apply, blocks(most - static_cast<int>(lead)), threads, stream, 0, a, p, ema_step_of(p),
-                                total, tally, refresh);
+        const std::int64_t most =
+            std::min<std::int64_t>(detail::blocks_at_once(apply, threads, 0), kernel::most_ema_blocks);
+        detail::launch_together(apply, blocks(most - lead), threads, stream, 0, a, p, ema_step_of(p), total, tally,
+                                refresh);
     } else {
         detail::launch_next(detail::is_for_hopper(apply), apply, blocks(kernel::most_ema_blocks), threads, stream, 0, a,
                             p, ema_step_of(p), total, tally, refresh);
@@ -64,20 +65,22 @@ void ema_update_gathered(const detail::accumulate_args<X>& a, const detail::ema_
                          const provenance& from, const ema_scratch& m, const kernel::image_refresh& refresh,
                          float* counts, unsigned long long* invalid_rows, const kernel::ema_tally& tally,
                          cudaStream_t stream) {
-    static_assert(gather_shapes::most_blocks <= kernel::most_total_parts && kernel::most_total_parts % 8 == 0,
-                  "cuvq: each block of whole clusters leaves a part");
+    using in_clusters = gather_plan::in_clusters;
+    using alone = gather_plan::alone;
+    static_assert(
+        2 * gather_shapes::most_blocks <= kernel::most_total_parts && in_clusters::most_codes == 2 * alone::most_codes,
+        "cuvq: each block leaves a part");
     const gather_plan plan(a, from);
     if (needs_total(p)) {
         const unsigned blocks =
-            plan.launch(a.sums.rows, plan.block_bits, 0, kernel::gather_sized<gather_tile<8>, T, X>,
-                        kernel::gather_sized<gather_tile<1>, T, X>, stream, a, plan.source, update, p, ema_step_of(p),
-                        plan.block_bits, plan.vectors, plan.checks, m.parts, invalid_rows);
+            plan.launch(a.sums, 0, kernel::gather_sized<in_clusters, T, X>, kernel::gather_sized<alone, T, X>, stream,
+                        a, plan.source, update, p, ema_step_of(p), plan.vectors, plan.checks, m.parts, invalid_rows);
         ema_apply(update, p, m, static_cast<int>(blocks), tally, refresh, stream);
         return;
     }
-    plan.launch(a.sums.rows, plan.block_bits, refresh ? 1 : 0, kernel::ema_update_gathered<gather_tile<8>, T, X>,
-                kernel::ema_update_gathered<gather_tile<1>, T, X>, stream, a, plan.source, update, p, ema_step_of(p),
-                plan.block_bits, plan.vectors, plan.checks, counts, invalid_rows, tally, refresh);
+    plan.launch(a.sums, refresh ? 1 : 0, kernel::ema_update_gathered<in_clusters, T, X>,
+                kernel::ema_update_gathered<alone, T, X>, stream, a, plan.source, update, p, ema_step_of(p),
+                plan.vectors, plan.checks, counts, invalid_rows, tally, refresh);
 }
 
 }  // namespace cuvq::dispatch

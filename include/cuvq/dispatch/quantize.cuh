@@ -283,9 +283,7 @@ template <class Tile, class X, class C>
 std::int64_t quantize_sm90(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                            const search_scratch& scratch, bool exact, cudaStream_t stream) {
     if (!serves_sm90<Tile, X, C>(args.codebook.rows, args.x.columns)) return 0;
-    int device = 0, processors = 0;
-    CUVQ_CHECK_CUDA(cudaGetDevice(&device));
-    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = detail::processor_count();
     if (!scratch.prepared) prepare<Tile::dimensions>(args.codebook, scratch.image, stream);
     const std::int64_t groups = (args.x.rows - 1) / kernel::row_results::rows + 1, wave = few_waves * processors;
     std::int64_t losses = 0;
@@ -373,7 +371,7 @@ std::int64_t search(const detail::quantize_args<X, C>& args, const kernel::searc
         // Scores of a single code are all 0, which tell nothing: every row would have to be settled.
         if (args.codebook.rows == 1) return quantize_simt<simt_tile, D>(args, tally, stream);
         std::int64_t losses = 0;
-        if (!wants_all_blocks(args.x.rows, args.codebook.rows, args.x.columns))
+        if (!exact || !wants_all_blocks(args.x.rows, args.codebook.rows, args.x.columns))
             with_sm90_tile<D>(args.x.columns, [&](auto tile) {
                 losses = quantize_sm90<decltype(tile)>(args, tally, scratch, exact, stream);
             });
@@ -405,21 +403,20 @@ std::int64_t with_row_lanes(std::int64_t columns, const Use& use) {
 template <std::size_t D, class X, class C>
 std::int64_t write_outputs(const detail::quantize_args<X, C>& args, const kernel::search_tally& tally,
                            cudaStream_t stream) {
-    int device = 0, processors = 0;
-    CUVQ_CHECK_CUDA(cudaGetDevice(&device));
-    CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     // Two waves of blocks, each with some rows for every warp.
-    const unsigned blocks =
-        detail::blocks_for(args.x.rows, kernel::outputs_threads / 4, 2 * kernel::outputs_blocks * processors);
+    const unsigned blocks = detail::blocks_for(args.x.rows, kernel::outputs_threads / 4,
+                                               2 * kernel::outputs_blocks * detail::processor_count());
     const auto launch = [&](auto bits, int at_once) {
         const auto write = kernel::write_outputs<decltype(bits)::value, X, C>;
         detail::launch_next(detail::is_for_hopper(write), write, blocks, kernel::outputs_threads, stream, 0, args,
                             tally, output_rows(args.x.rows, at_once));
         return std::int64_t{blocks} * (kernel::outputs_threads / 32);
     };
-    if (!kernel::has_vector_rows(args)) return launch(std::integral_constant<int, -1>(), args.x.columns <= 16 ? 32 : 8);
-    return with_row_lanes<D>(args.x.columns,
-                             [&](auto bits) { return launch(bits, kernel::rows_at_once<decltype(bits)::value>); });
+    if constexpr (D == dynamic_extent || D % 4 == 0)
+        if (kernel::has_vector_rows(args))
+            return with_row_lanes<D>(
+                args.x.columns, [&](auto bits) { return launch(bits, kernel::rows_at_once<decltype(bits)::value>); });
+    return launch(std::integral_constant<int, -1>(), args.x.columns <= 16 ? 32 : 8);
 }
 
 /// Launches the search, and where that writes codes only, what writes the other outputs that are asked for. Returns how

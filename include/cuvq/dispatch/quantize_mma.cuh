@@ -133,7 +133,8 @@ std::int64_t quantize_mma(const detail::quantize_args<X, C>& args, const kernel:
                        static_cast<std::size_t>(fit.shared_bytes), wanted, image, own, parts, hard);
         return blocks;
     };
-    // Of fewer rows, cut into parts, all blocks have some of a hard row's codes; or there are few codes.
+    // Fewer rows settle their own: their codebook is cut into parts, so that a hard row is the work of many blocks
+    // already, or it is small.
     if (parts.count == 1 && scratch.hard.rows && 2 * groups > std::min<std::int64_t>(most_blocks, fit.blocks)) {
         detail::quantize_args<X, C> codes_only = args;
         kernel::search_tally own = tally;

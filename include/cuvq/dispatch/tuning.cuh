@@ -55,7 +55,7 @@ constexpr bool takes_few_twice(long long groups, long long tiles, int processors
 /// So few rows of a codebook so large that the blocks of one cluster take longer than all blocks of the portable
 /// search.
 constexpr bool wants_all_blocks(long long rows, long long codes, long long dimensions) {
-    return rows <= 64 && codes >= 49152 && dimensions > 141;
+    return rows <= 64 && codes >= 49152 && dimensions > sm90_d141::dimensions;
 }
 
 /// Blocks of it that a card of so many processors holds at once, in clusters of `cluster`: larger clusters do not
@@ -168,7 +168,8 @@ struct sum_tile {
 };
 
 /// `kernel/gather.cuh`: `cluster` blocks look through the codes of at most `rows` rows, and sum those of their
-/// `most_codes` codes each. Otherwise as `sum_tile`.
+/// `most_codes` codes each, of `most_sums` elements together. Otherwise as `sum_tile`. A block alone has half as many:
+/// the list of all rows is its own, and takes the shared memory.
 template <int Cluster>
 struct gather_tile {
     static constexpr int threads = 256;
@@ -176,28 +177,28 @@ struct gather_tile {
     static constexpr int columns = 128;
     static constexpr int cluster = Cluster;
     static constexpr int rows = 8192;
-    static constexpr int most_codes = 8;    // of a block
-    static constexpr int most_sums = 2048;  // codes of a block times D
+    static constexpr int most_codes = Cluster > 1 ? 16 : 8;
+    static constexpr int most_sums = 256 * most_codes;
+
+    /// Log2 of the codes of a block: few enough that all multiprocessors of a large card have a block.
+    static constexpr int block_bits(long long codes, long long dimensions) {
+        int bits = 0;
+        while ((2 << bits) <= most_codes && (2 << bits) * dimensions <= most_sums && codes > 128LL << bits) ++bits;
+        return bits;
+    }
 };
 
 /// The shapes that are summed by `gather_tile`, in one launch.
 struct gather_shapes {
-    static constexpr long long most_rows = gather_tile<1>::rows;
+    static constexpr int cluster = 8;  // where the card has clusters, else 1
+    static constexpr long long most_rows = gather_tile<cluster>::rows;
     static constexpr long long most_columns = 1024;
-    /// Every cluster looks through the codes of all rows: with more blocks than this, sorting is faster.
-    static constexpr long long most_blocks = 512;
+    /// Every cluster looks through the codes of all rows: with more blocks in clusters than this, sorting is faster.
+    static constexpr long long most_blocks = 256;
 
-    /// Log2 of the codes of a block: few enough that all multiprocessors of a large card have a block.
-    static constexpr int block_bits(long long codes, long long dimensions) {
-        using tile = gather_tile<1>;
-        int bits = 0;
-        while ((2 << bits) <= tile::most_codes && (2 << bits) * dimensions <= tile::most_sums && codes > 128LL << bits)
-            ++bits;
-        return bits;
-    }
     static constexpr bool include(long long rows, long long codes, long long dimensions) {
         return rows <= most_rows && dimensions <= most_columns &&
-               (codes - 1) >> block_bits(codes, dimensions) < most_blocks;
+               (codes - 1) >> gather_tile<cluster>::block_bits(codes, dimensions) < most_blocks;
     }
 };
 

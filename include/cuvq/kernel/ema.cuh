@@ -21,13 +21,13 @@ inline constexpr int step_bits = 48;
 inline constexpr unsigned long long step_mask = (1ull << step_bits) - 1;
 inline constexpr std::int64_t most_ema_blocks = 8192;  // fits above step_bits
 
-/// Blocks that each leave a part of the total of the blended cluster sizes, at most.
+/// Parts of the total of the blended cluster sizes, at most.
 inline constexpr int most_total_parts = 512;
 
 /// That total, where the update needs it.
 struct size_total {
     double* parts = nullptr;  // [most_total_parts]
-    int count = 0;            // that are there already; 0: each block of a grid launched together leaves one first
+    int count = 0;            // that are there already; 0: a grid launched together makes them first
 };
 
 /// The number of updates before this one, and the step counter on its way to the next: each of `blocks` blocks calls
@@ -78,23 +78,25 @@ __device__ inline double total_of(const double* parts, int count) {
     return total;
 }
 
-/// The block's share of the total of the blended sizes, to its place among the parts; a warp a code, of those of which
-/// `size_of` (k) says it.
+/// A part of the total, by a block: of codes first, first + step, ... of each warp, of which `size_of(k)` is the size.
+/// Ends with a barrier.
 template <int Threads, class SizeOf>
-__device__ void leave_sizes(std::int64_t first, std::int64_t codes, std::int64_t step, double* parts,
+__device__ void leave_sizes(std::int64_t first, std::int64_t codes, std::int64_t step, double* part,
                             const SizeOf& size_of) {
+    __shared__ double of_warp[Threads / 32];
     double sum = 0;
     for (std::int64_t k = first; k < codes; k += step) {
         const float size = size_of(k);
         if (isfinite(size)) sum += size;
     }
-    __shared__ double of_warp[Threads / 32];
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
     __syncthreads();
-    if (threadIdx.x != 0) return;
-    double all = 0;
-    for (const double s : of_warp) all += s;
-    parts[blockIdx.x] = all;
+    if (threadIdx.x == 0) {
+        double all = 0;
+        for (const double s : of_warp) all += s;
+        *part = all;
+    }
+    __syncthreads();
 }
 
 /// The whole update; a warp a code. With an image to refresh, if `Keeps`, one block more.
@@ -107,14 +109,17 @@ __global__ __launch_bounds__(Threads) void ema_apply(detail::ema_args<T, R> a, e
     if (threadIdx.x == 0) shared_step = take_step(a.state.step, gridDim.x);
     const std::int64_t blocks = gridDim.x - (Keeps ? 1 : 0), step = blocks * (Threads / 32);
     const std::int64_t first = std::int64_t{blockIdx.x} * (Threads / 32) + threadIdx.x / 32;
-    const bool leads = Keeps && blockIdx.x == blocks;
     if (total.parts && total.count == 0) {
-        leave_sizes<Threads>(first, leads ? 0 : a.counts.size, step, total.parts,
-                             [&](std::int64_t k) { return device::blended_size(a, p, e, k).size; });
+        // As many parts as K says, lest the total depend on the card or on whether there is an image.
+        constexpr int warps = Threads / 32;
+        total.count = static_cast<int>(min((a.counts.size - 1) / warps + 1, std::int64_t{most_total_parts}));
+        for (int part = static_cast<int>(blockIdx.x); part < total.count; part += static_cast<int>(gridDim.x))
+            leave_sizes<Threads>(std::int64_t{part} * warps + threadIdx.x / 32, a.counts.size,
+                                 std::int64_t{total.count} * warps, total.parts + part,
+                                 [&](std::int64_t k) { return device::blended_size(a, p, e, k).size; });
         cooperative_groups::this_grid().sync();
-        total.count = static_cast<int>(gridDim.x);
     }
-    if (leads) {
+    if (Keeps && blockIdx.x == blocks) {
         __shared__ typename cub::BlockReduce<double, Threads>::TempStorage storage;
         __syncthreads();
         refresh.lead<Threads>(storage, a.counts.size, a.sums.columns, shared_step);
@@ -144,24 +149,27 @@ __device__ detail::ema_args<T, R> gathered_args(detail::ema_args<T, R> update, c
 /// `gather` of a small batch, and the parts of the total: as many as blocks.
 template <class Tile, class T, class X>
 __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather_sized(
-    detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p, device::ema_step e,
-    int block_bits, bool vectors, bool checks, double* parts, unsigned long long* invalid_rows) {
-    __shared__ gather_storage<Tile> shared;
-    const auto codes = gather_batch(shared, a, source, block_bits, vectors, checks, false, invalid_rows);
-    leave_sizes<Tile::threads>(threadIdx.x / 32, codes.own_count, Tile::threads / 32, parts, [&](std::int64_t c) {
-        const std::int64_t k = codes.code(static_cast<unsigned>(c));
-        return device::blended_size(gathered_args(update, shared, c, k), p, e, k).size;
-    });
+    int block_bits, detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p,
+    device::ema_step e, bool vectors, bool checks, double* parts, unsigned long long* invalid_rows) {
+    extern __shared__ __align__(16) char dynamic_shared[];
+    auto& shared = *reinterpret_cast<gather_storage<Tile>*>(dynamic_shared);
+    const auto codes = gather_batch(shared, block_bits, a, source, vectors, checks, false, invalid_rows);
+    leave_sizes<Tile::threads>(threadIdx.x / 32, codes.own_count, Tile::threads / 32, parts + blockIdx.x,
+                               [&](std::int64_t c) {
+                                   const std::int64_t k = codes.code(static_cast<unsigned>(c));
+                                   return device::blended_size(gathered_args(update, shared, c, k), p, e, k).size;
+                               });
 }
 
 /// `gather` and `ema_apply` of a small batch, where no total is needed. A block takes 2^block_bits codes, then a warp a
 /// code. `counts`: [K] gets the counts, or null. With an image to refresh, one cluster more.
 template <class Tile, class T, class X>
 __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gathered(
-    detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p, device::ema_step e,
-    int block_bits, bool vectors, bool checks, float* counts, unsigned long long* invalid_rows, ema_tally tally,
+    int block_bits, detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p,
+    device::ema_step e, bool vectors, bool checks, float* counts, unsigned long long* invalid_rows, ema_tally tally,
     image_refresh refresh) {
-    __shared__ gather_storage<Tile> shared;
+    extern __shared__ __align__(16) char dynamic_shared[];
+    auto& shared = *reinterpret_cast<gather_storage<Tile>*>(dynamic_shared);
     __shared__ std::int64_t shared_step;
     const unsigned blocks = gridDim.x - (refresh ? Tile::cluster : 0);
     if (blockIdx.x > blocks) return;

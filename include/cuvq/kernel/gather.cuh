@@ -21,31 +21,32 @@
 
 namespace cuvq::kernel {
 
-/// Shared memory of `gather_codes`. Codes are counted within those of the cluster.
+/// Dynamic shared memory of `gather_codes`. Codes are counted within those of the cluster.
 template <class Tile>
 struct gather_storage {
     static constexpr int warps = Tile::threads / 32;
     static constexpr int most_codes = Tile::most_codes * Tile::cluster;  // of a cluster
     static constexpr int warp_rows = Tile::rows / warps;                 // that a warp looks through
     static constexpr int row_bits = Tile::cluster > 1 ? 16 : 13;
-    using entry = std::conditional_t<(Tile::cluster > 1), std::uint32_t, std::uint16_t>;  // code << row_bits | row
-    static_assert(Tile::rows <= 1 << 13 && most_codes <= (Tile::cluster > 1 ? 64 : 8), "an entry holds code and row");
+    using entry = std::conditional_t<(Tile::cluster > 1), std::uint32_t, std::uint16_t>;
+    static_assert(Tile::rows <= 1 << 13 && warp_rows <= 1 << 10 && (Tile::cluster > 1 || most_codes <= 8),
+                  "an entry holds a code and a row");
     static_assert(most_float_rows == 8, "a byte of bits");
-    static_assert(warp_rows <= 1 << 10, "16 bits hold a code and a row of a warp");
 
     union {
         segment_storage<Tile> segments;
-        std::uint16_t found[warps][warp_rows];  // a warp's rows of the cluster's codes: code << 10 | row of the warp
+        entry found[warps][warp_rows];  // a warp's rows of the cluster's codes: code << 10 | row of the warp
     };
     alignas(16) float sum[Tile::most_sums];            // [codes of the block][stride]
     float count[Tile::most_codes];                     // [codes of the block] of weights
     double part_sum[Tile::cluster][2][Tile::columns];  // sent by each block: of the first and the last code of its part
     double part_count[Tile::cluster][2];               // of the list, where others have rows of them too
     arch::mailbox<Tile::cluster> box;                  // of these four
-    entry listed[Tile::rows / Tile::cluster];          // the block's part of the list
+    entry listed[Tile::rows / Tile::cluster];          // the block's part of the list: code << row_bits | row
     std::uint8_t bad[Tile::rows / Tile::cluster / most_float_rows];  // of the list, a bit each
-    std::uint32_t place[warps][most_codes];  // rows that a warp has found; then their place in the list
-    std::uint32_t start[most_codes + 1];     // list position of a code's first row
+    std::uint32_t place[warps][most_codes];         // rows that a warp has found; then their place in the list
+    std::uint32_t start[most_codes + 1];            // list position of a code's first row
+    std::uint32_t ordered[(most_codes + 31) / 32];  // rows of the codes that each ordering warp takes
     typename cub::WarpScan<std::uint32_t>::TempStorage scan[warps];
 };
 
@@ -127,7 +128,7 @@ __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source
         const auto put = [&](int i, std::uint32_t of, int to) {
             const std::uint32_t within = codes.within(of);
             const int row = at - first + 4 * lane + 128 * (i / 4) + i % 4;
-            shared.found[warp][to] = static_cast<std::uint16_t>(within << 10 | row);
+            shared.found[warp][to] = static_cast<typename storage::entry>(within << 10 | row);
             atomicAdd(&shared.place[warp][within], 1u);
         };
         const auto place_of = [&](int q) {  // of the lane's first hit in quad q
@@ -152,31 +153,31 @@ __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source
         __syncwarp();  // together again for the next round's shuffles
     }
     __syncthreads();
-    if (warp == 0) {  // by code, then by warp
-        constexpr int codes_per_lane = (most_codes + 31) / 32;
-        std::uint32_t total[codes_per_lane] = {}, sum = 0, start;
+    // By code, then by warp: a thread for each code.
+    constexpr int ordering = (most_codes + 31) / 32;  // warps
+    const int code = static_cast<int>(threadIdx.x);
+    std::uint32_t own[warps], total = 0, start = 0;
+    if (warp < ordering) {
 #pragma unroll
-        for (int i = 0; i < codes_per_lane; ++i) {
-            const int code = lane * codes_per_lane + i;
-            if (code < most_codes) {
-#pragma unroll
-                for (int w = 0; w < warps; ++w) total[i] += shared.place[w][code];
-            }
-            sum += total[i];
+        for (int w = 0; w < warps; ++w) {
+            own[w] = code < most_codes ? shared.place[w][code] : 0;
+            total += own[w];
         }
-        cub::WarpScan<std::uint32_t>(shared.scan[warp]).ExclusiveSum(sum, start);
-        if (lane == 31) shared.start[most_codes] = start + sum;
+        std::uint32_t all;
+        cub::WarpScan<std::uint32_t>(shared.scan[warp]).ExclusiveSum(total, start, all);
+        if (lane == 0) shared.ordered[warp] = all;
+    }
+    if (ordering > 1) __syncthreads();
+    if (code < most_codes) {
 #pragma unroll
-        for (int i = 0; i < codes_per_lane; ++i) {
-            const int code = lane * codes_per_lane + i;
-            if (code >= most_codes) continue;
-            shared.start[code] = start;
+        for (int w = 0; w < ordering - 1; ++w)
+            if (w < warp) start += shared.ordered[w];
+        shared.start[code] = start;
+        if (code == most_codes - 1) shared.start[most_codes] = start + total;
 #pragma unroll
-            for (int w = 0; w < warps; ++w) {
-                const std::uint32_t own = shared.place[w][code];
-                shared.place[w][code] = start;
-                start += own;
-            }
+        for (int w = 0; w < warps; ++w) {
+            shared.place[w][code] = start;
+            start += own[w];
         }
     }
     __syncthreads();
@@ -392,9 +393,9 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
 /// The body of `gather`: also writes what `gather_codes` sums to counts and sums, or `add`s it there. Returns the codes
 /// of the block, whose sums are still in `shared`.
 template <class Tile, class X>
-__device__ gathered_codes gather_batch(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
-                                       const row_source& source, int block_bits, bool vectors, bool checks, bool add,
-                                       unsigned long long* invalid_rows) {
+__device__ gathered_codes gather_batch(gather_storage<Tile>& shared, int block_bits,
+                                       const detail::accumulate_args<X>& a, const row_source& source, bool vectors,
+                                       bool checks, bool add, unsigned long long* invalid_rows) {
     open_gather(shared);
     arch::wait_for_predecessor();
     arch::let_successor_start();
@@ -412,11 +413,12 @@ __device__ gathered_codes gather_batch(gather_storage<Tile>& shared, const detai
 
 /// Counts and sums of a small batch. A block takes 2^block_bits codes.
 template <class Tile, class X>
-__global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather(detail::accumulate_args<X> a, row_source source,
-                                                                      int block_bits, bool vectors, bool checks,
+__global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather(int block_bits, detail::accumulate_args<X> a,
+                                                                      row_source source, bool vectors, bool checks,
                                                                       bool add, unsigned long long* invalid_rows) {
-    __shared__ gather_storage<Tile> shared;
-    gather_batch(shared, a, source, block_bits, vectors, checks, add, invalid_rows);
+    extern __shared__ __align__(16) char dynamic_shared[];
+    auto& shared = *reinterpret_cast<gather_storage<Tile>*>(dynamic_shared);
+    gather_batch(shared, block_bits, a, source, vectors, checks, add, invalid_rows);
 }
 
 }  // namespace cuvq::kernel

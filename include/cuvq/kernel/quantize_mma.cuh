@@ -43,7 +43,7 @@ struct hard_rows {
 };
 
 /// As `quantize`, on tensor cores: sm_80 and later. Takes the tile's nearest_storage as dynamic shared memory. With
-/// several parts it writes these only, for `choose_part`; else, where it lists hard rows, codes of all others.
+/// several parts it writes these only, for `choose_part`; where it lists hard rows, codes of the others; else all.
 template <class Policy, class X, class C>
 __global__ __launch_bounds__(device::has_tensor_cores<Policy> ? Policy::threads : 32,
                              Policy::blocks) void quantize_mma(const __grid_constant__ detail::quantize_args<X, C> a,

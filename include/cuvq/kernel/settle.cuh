@@ -98,22 +98,21 @@ __device__ void consider_words(device::exact_choice& choice, const open_words& w
         const bool everything = word == open_words::everything;
         if (everything && !device::is_row_finite(row, columns)) return;
         const std::int64_t all = everything ? codebook.rows : std::int64_t{code_tiles} * held;
-        const std::int64_t each = (all - 1) / parts + 1, first = part * each;
-        const std::int64_t mine = min(each, all - first);
+        const device::share_of own(all, part, parts);
         const auto code_at = [&](std::int64_t at) {
-            at += first;
+            at += own.first;
             if (everything) return at;
             const std::int64_t k =
                 scored_code(static_cast<int>(at / held), static_cast<int>(at % held), word - open_words::column);
             return min(k, codebook.rows - 1);
         };
         if (columns <= alone_columns) {
-            for (std::int64_t at = group * 8 + threadIdx.x % 8; at < mine; at += groups * 8) {
+            for (std::int64_t at = group * 8 + threadIdx.x % 8; at < own.count; at += groups * 8) {
                 const std::int64_t k = code_at(at);
                 choice.consider(device::exact_distance_alone(row, codebook.row(k), columns), k);
             }
         } else {
-            device::consider_codes(choice, row, codebook, columns, mine, group, groups, code_at);
+            device::consider_codes(choice, row, codebook, columns, own.count, group, groups, code_at);
         }
     }
     __syncwarp();
@@ -309,7 +308,8 @@ __device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_t
     settle_spread(a, tally, total, open.shared, find,
                   [&](device::exact_choice& choice, const open_row& found, int part, int parts) {
                       consider_words(choice, open.words[found.place], a.x.row(found.row), a.codebook, a.x.columns,
-                                     static_cast<int>(threadIdx.x) / 8, settle_threads / 8, part, parts);
+                                     static_cast<int>(threadIdx.x) / device::exact_lanes,
+                                     settle_threads / device::exact_lanes, part, parts);
                   });
 }
 

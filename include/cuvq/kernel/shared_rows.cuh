@@ -66,7 +66,7 @@ struct segment_starts {
     typename scan::TempStorage storage;
     std::int64_t starts[most_segments];
 
-    /// From the number of each: of `segments`, count_of(segment). Returns the number of all. Whole block.
+    /// From their numbers: segment s, below `segments`, has count_of(s). Returns the number of all. Whole block.
     template <class CountOf>
     __device__ std::int64_t set(int segments, const CountOf& count_of) {
         constexpr int each = most_segments / settle_threads;
