@@ -2,6 +2,7 @@
 #include <cuvq/accumulate.cuh>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -120,6 +121,46 @@ std::vector<float> random_weights(random_source& random, std::int64_t n) {
 class AccumulateSmall : public gpu_test {};
 class AccumulateTest : public gpu_test {};
 class LargeTest : public gpu_test {};
+
+/// An accumulation by blocks that work alone, as on a card without clusters, judged.
+void expect_sums_alone(const matrix<float>& x, const codes_t& codes, std::int64_t k,
+                       const std::vector<float>& weights) {
+    SCOPED_TRACE(testing::Message() << x.rows << " rows, " << k << " codes, D = " << x.columns);
+    using alone = dispatch::gather_plan::alone;
+    ASSERT_TRUE(gather_shapes::include(x.rows, k, x.columns));
+    accumulate_memory<float> memory(x, codes, k, weights);
+    device_array<unsigned long long> invalid(1);
+    invalid.fill(0);
+    const auto args = detail::validate_accumulate("test", memory.x.view(), memory.codes.view(), memory.counts.view(),
+                                                  memory.sums.view(), memory.params);
+    const dispatch::gather_plan plan(args, {});
+    plan.launch_tile<alone>(args.sums, 0, kernel::gather<alone, float>, nullptr, args, plan.source, plan.vectors,
+                            plan.checks, false, invalid.data());
+    const batch_sums right(x, codes, k, weights);
+    EXPECT_TRUE(sums_are_right(right, memory.counts.download(), memory.sums.download()));
+    EXPECT_EQ(invalid.download()[0], static_cast<unsigned long long>(right.invalid));
+}
+
+TEST_F(AccumulateSmall, WithoutClusters) {
+    random_source random;
+    for (const auto& [n, k, d] : std::vector<std::array<std::int64_t, 3>>{
+             {1, 1, 1}, {300, 30, 7}, {700, 1000, 33}, {300, 129, 130}, {65, 600, 300}, {40, 5, 1024}}) {
+        auto x = random.normals<float>(n, d);
+        x(n / 2, d / 2) = nan;
+        expect_sums_alone(x, random_codes(random, n, -1, k), k, random_weights(random, n));
+        expect_sums_alone(x, codes_t(static_cast<std::size_t>(n), k - 1), k, {});
+    }
+}
+
+TEST_F(AccumulateTest, ManyRowsWithoutClusters) {
+    random_source random;
+    for (const auto& [k, d] :
+         std::vector<std::array<std::int64_t, 2>>{{4096, 64}, {4096, 256}, {30, 12}, {1024, 1024}}) {
+        const auto x = random.normals<float>(8192, d);
+        expect_sums_alone(x, random_codes(random, 8192, 0, k - 1), k, {});
+        expect_sums_alone(x, codes_t(8192, 3), k, random_weights(random, 8192));
+    }
+}
 
 // ---- element and code types -----------------------------------------------------------------------------------------
 

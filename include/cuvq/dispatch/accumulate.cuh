@@ -170,22 +170,22 @@ struct gather_plan {
     template <class... Parameters, class... Arguments>
     static unsigned launch(const matrix_ref<float>& sums, unsigned extra, void (*clustered)(Parameters...),
                            void (*single)(Parameters...), cudaStream_t stream, const Arguments&... arguments) {
-        const bool has_clusters = detail::is_for_hopper(clustered);
-        const auto launch_tile = [&](auto tile, auto gather) {
-            using Tile = decltype(tile);
-            constexpr unsigned cluster = Tile::cluster;
-            constexpr std::size_t bytes = sizeof(kernel::gather_storage<Tile>);
-            const int bits = Tile::block_bits(sums.rows, sums.columns);
-            const auto clusters = static_cast<unsigned>(((sums.rows - 1) >> bits) / cluster + 1) + extra;
-            detail::allow_shared_bytes(gather, static_cast<int>(bytes));
-            if (has_clusters)
-                detail::launch_dependent(gather, clusters * cluster, Tile::threads, stream, bytes, cluster, bits,
-                                         arguments...);
-            else
-                detail::launch(gather, clusters * cluster, Tile::threads, stream, bytes, bits, arguments...);
-            return clusters * cluster;
-        };
-        return has_clusters ? launch_tile(in_clusters{}, clustered) : launch_tile(alone{}, single);
+        return detail::is_for_hopper(clustered) ? launch_tile<in_clusters>(sums, extra, clustered, stream, arguments...)
+                                                : launch_tile<alone>(sums, extra, single, stream, arguments...);
+    }
+    template <class Tile, class... Parameters, class... Arguments>
+    static unsigned launch_tile(const matrix_ref<float>& sums, unsigned extra, void (*gather)(Parameters...),
+                                cudaStream_t stream, const Arguments&... arguments) {
+        constexpr unsigned cluster = Tile::cluster;
+        constexpr std::size_t bytes = sizeof(kernel::gather_storage<Tile>);
+        const int bits = Tile::block_bits(sums.rows, sums.columns);
+        const unsigned blocks = (static_cast<unsigned>(((sums.rows - 1) >> bits) / cluster + 1) + extra) * cluster;
+        detail::allow_shared_bytes(gather, static_cast<int>(bytes));
+        if (cluster > 1)
+            detail::launch_dependent(gather, blocks, Tile::threads, stream, bytes, cluster, bits, arguments...);
+        else
+            detail::launch(gather, blocks, Tile::threads, stream, bytes, bits, arguments...);
+        return blocks;
     }
 };
 
