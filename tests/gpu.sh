@@ -61,10 +61,10 @@ done
 # has TEST FILTER: whether there are such tests.
 has() { [ -n "$("$1" --gtest_list_tests --gtest_filter="$2" | grep '^  ')" ]; }
 
-# start TOOL TEST FILTER: runs these tests under a tool of compute-sanitizer, four such runs at a time.
+# start TOOL TEST FILTER: runs these tests under a tool of compute-sanitizer, eight such runs at a time.
 runs=()
 start() {
-    while [ "$(jobs -rp | wc -l)" -ge 4 ]; do wait -n; done
+    while [ "$(jobs -rp | wc -l)" -ge 8 ]; do wait -n; done
     local run=$logs/${#runs[@]}
     runs+=("$1 ${2##*/}")
     {
@@ -74,13 +74,13 @@ start() {
 }
 
 if command -v compute-sanitizer >/dev/null; then
-    for test in "${tests[@]}"; do
+    while IFS= read -r test; do  # the largest first, which take longest
         if has "$test" '*Small*'; then start memcheck "$test" '*Small*'; fi
-    done
+    done < <(ls -S "${tests[@]}")
     for name in quantize_test:QuantizeTypesSmall/float_float_codebook.NormalData \
         quantize_test:QuantizeSmall.RowsNearSeveralEqualCodes \
         quantize_test:QuantizeSmall.RowsThatAClusterSettlesTogether \
-        quantize_mma_test:QuantizeMmaSmall.OneRepeatedRow \
+        quantize_mma_test:QuantizeMmaSmall.HardRowsOfTwoBlocks \
         device.nearest_mma_test:NearestMmaSmall.AnImageOfFewRowsOverAndOver \
         accumulate_test:AccumulateTypesSmall/float.WithBadCodesNanRowsAndBadWeights \
         ema_test:EmaSmall.OddDimensions train_step_test:TrainStepSmall.OddDimensions; do

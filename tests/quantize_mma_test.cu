@@ -407,6 +407,22 @@ TEST_F(QuantizeMmaSmall, ACodebookWithoutAFiniteRow) {
 
 // ---- rows that many codes are near ----------------------------------------------------------------------------------
 
+TEST_F(QuantizeMmaSmall, HardRowsOfTwoBlocks) {
+    random_source random;
+    const auto x = random.normals<float>(200, 70);
+    const auto codebook = matrix<float>::generate(150, 70, [&](auto, auto c) { return x.at(7, c); });
+    search_memory<float, float> memory(x, codebook, {});
+    const auto right = memory.run_simt();
+    EXPECT_EQ(right.codes, std::vector<std::int64_t>(200, 0));
+    const device_image<float> image(memory.codebook_ref());
+    const auto expect_same = [&](auto tile) {
+        const auto fit = dispatch::fit_mma<decltype(tile), float, float>(70);
+        if (fit.blocks > 0) EXPECT_TRUE(memory.run_mma<decltype(tile)>(image, fit, 1, 2) == right);
+    };
+    expect_same(mma_flat{});
+    expect_same(wgmma_flat{});
+}
+
 TEST_F(QuantizeMmaTest, HardRowsAmongMany) {
     // All of `quantize`, with a tile that is not the widest: so many rows that hard ones are left to all blocks. They
     // are next to each other, some (their codebook's parts are then shared out) or many, near copies of a code or not
