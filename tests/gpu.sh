@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every GPU test on this machine's GPU, then the small-shape ones under compute-sanitizer's memcheck, and a few of
-# these, one or two for each kernel that shares memory, under its racecheck, which takes a hundred times as long.
+# these, one or two for each kernel that shares memory by barriers, under its racecheck, which takes a hundred times as
+# long.
 #
 #   tests/gpu.sh [build-dir]     (default: build/test, configured and built only if it holds no tests yet)
 #
