@@ -426,8 +426,9 @@ TEST_F(QuantizeMmaTest, HardRowsAmongMany) {
     // are next to each other, some (their codebook's parts are then shared out) or many, near copies of a code or not
     // finite.
     random_source random;
-    for (const auto& [k, d] : std::vector<std::array<std::int64_t, 2>>{{700, 24}, {1500, 66}, {1400, 300}})
+    for (const auto& shape : std::vector<std::array<std::int64_t, 2>>{{700, 24}, {1500, 66}, {1400, 300}})
         for (const std::int64_t hard : {1, 40, 700}) {
+            const std::int64_t k = shape[0], d = shape[1];
             SCOPED_TRACE(testing::Message() << hard << " rows, " << k << " codes, D = " << d);
             const std::int64_t n = 40011;
             auto x = random.normals<float>(n, d), codebook = random.normals<float>(k, d);
