@@ -59,25 +59,30 @@ for test in "${tests[@]}"; do
 done
 [ "$passed" -gt 0 ] || fail "no test ran on a GPU ($skipped skipped, $failed failed)"
 
-# has TEST FILTER: whether there are such tests.
-has() { [ -n "$("$1" --gtest_list_tests --gtest_filter="$2" | grep '^  ')" ]; }
+# listed TEST FILTER: how many such tests there are.
+listed() { "$1" --gtest_list_tests --gtest_filter="$2" | grep -c '^  '; }
 
-# start TOOL TEST FILTER: runs these tests under a tool of compute-sanitizer, eight such runs at a time.
-runs=()
+# start TOOL TEST FILTER: runs these tests under a tool of compute-sanitizer, at most sixteen to a run, and as many runs
+# at a time as there are processors, up to sixteen.
+runs=() most=$(nproc)
+[ "$most" -le 16 ] || most=16
 start() {
-    while [ "$(jobs -rp | wc -l)" -ge 8 ]; do wait -n; done
-    local run=$logs/${#runs[@]}
-    runs+=("$1 ${2##*/}")
-    {
-        compute-sanitizer --tool "$1" --error-exitcode 9 "$2" --gtest_filter="$3" >"$run" 2>&1
-        echo $? >"$run.status"
-    } &
+    local shards=$((($(listed "$2" "$3") + 15) / 16)) shard run
+    for ((shard = 0; shard < shards; ++shard)); do
+        while [ "$(jobs -rp | wc -l)" -ge "$most" ]; do wait -n; done
+        run=$logs/${#runs[@]}
+        runs+=("$1 ${2##*/} $((shard + 1))/$shards")
+        {
+            began=$SECONDS
+            GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard \
+                compute-sanitizer --tool "$1" --error-exitcode 9 "$2" --gtest_filter="$3" >"$run" 2>&1
+            echo $? >"$run.status"
+            echo $((SECONDS - began)) >"$run.seconds"
+        } &
+    done
 }
 
 if command -v compute-sanitizer >/dev/null; then
-    while IFS= read -r test; do  # the largest first, which take longest
-        if has "$test" '*Small*'; then start memcheck "$test" '*Small*'; fi
-    done < <(ls -S "${tests[@]}")
     for name in quantize_test:QuantizeTypesSmall/float_float_codebook.NormalData \
         quantize_test:QuantizeSmall.RowsNearSeveralEqualCodes \
         quantize_test:QuantizeSmall.RowsThatAClusterSettlesTogether \
@@ -86,13 +91,16 @@ if command -v compute-sanitizer >/dev/null; then
         accumulate_test:AccumulateTypesSmall/float.WithBadCodesNanRowsAndBadWeights \
         ema_test:EmaSmall.OddDimensions train_step_test:TrainStepSmall.OddDimensions; do
         test=$build/tests/${name%%:*}
-        has "$test" "${name#*:}" || fail "no test $name"
+        [ "$(listed "$test" "${name#*:}")" -gt 0 ] || fail "no test $name"
         start racecheck "$test" "${name#*:}"
     done
+    while IFS= read -r test; do  # the largest first, which take longest
+        start memcheck "$test" '*Small*'
+    done < <(ls -S "${tests[@]}")
     wait
     memcheck=0 racecheck=0
     for i in "${!runs[@]}"; do
-        printf '== %s\n' "${runs[i]}"
+        printf '== %s: %s s\n' "${runs[i]}" "$(cat "$logs/$i.seconds")"
         if [ "$(cat "$logs/$i.status")" = 0 ]; then
             n=$(sed -n 's/^\[  PASSED  \] \([0-9]*\) tests\?\.$/\1/p' "$logs/$i")
             case ${runs[i]} in

@@ -648,7 +648,8 @@ void expect_steady_codes(std::int64_t n, std::int64_t k, std::int64_t d, int run
     if (fit.blocks == 0) return;
     for (int run = 0; run < runs; ++run) {
         codes.fill(poison);
-        ASSERT_GT(dispatch::quantize_mma<Tile>(args, kernel::search_tally{}, image.ref(), {}, 1, 1024, fit, nullptr),
+        ASSERT_GT(dispatch::quantize_mma<Tile>(args, kernel::search_tally{}, image.ref(), {}, 1, kernel::most_segments,
+                                               fit, nullptr),
                   0);
         const auto got = codes.download();
         std::int64_t wrong = 0;

@@ -49,12 +49,13 @@ struct train_scratch {
             return d;
         const dispatch::sort_plan plan(s.vectors, s.codes);
         const std::int64_t left = 24 * s.vectors + 16 * s.codes * s.dimensions - static_cast<std::int64_t>(c.bytes());
-        const std::int64_t words = is_ambiguous(s.codes) ? s.vectors : left / 4;
+        const bool among_distances = is_ambiguous(s.codes);
+        const std::int64_t words = among_distances ? s.vectors : left / 4;
         d.counts.bins = plan.bins;
         d.counts.mask = plan.pass(0).mask;
         d.most_chunks = std::clamp<std::int64_t>(words / plan.bins, 0, 2 * dispatch::most_blocks);
-        d.room = is_ambiguous(s.codes) ? reinterpret_cast<std::uint32_t*>(distances)
-                                       : c.take<std::uint32_t>(d.most_chunks * plan.bins);
+        d.room = among_distances ? reinterpret_cast<std::uint32_t*>(distances)
+                                 : c.take<std::uint32_t>(d.most_chunks * plan.bins);
         return d;
     }
 

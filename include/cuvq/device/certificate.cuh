@@ -235,6 +235,20 @@ struct exact_choice {
     }
 };
 
+/// The choice of a block of `Warps` warps, from those of its lanes; in warp 0. All threads call it. `room` [Warps]:
+/// shared memory that nobody uses any more, and that may be used again after the next barrier.
+template <int Warps>
+__device__ void merge_block(exact_choice& choice, exact_choice* room) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) choice.merge(0xFFFFFFFFu, step);
+    if (threadIdx.x % 32 == 0) room[warp] = choice;
+    __syncthreads();
+    if (warp != 0) return;
+    for (int w = 1; w < Warps; ++w)
+        if (room[w].code >= 0) choice.consider(room[w].distance, room[w].code);
+}
+
 /// The largest filter value that the exact code can have when the least one is `least`, or NaN where the filter
 /// decides nothing. Monotone in `least`.
 __device__ inline float filter_limit(float least, std::int64_t columns) {

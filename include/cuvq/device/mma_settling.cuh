@@ -164,15 +164,8 @@ struct mma_settling : mma_block<Policy, X, C> {
             const auto [r, slots] = hard(h);
             exact_choice choice;
             consider_slots(choice, rows.row(r), codebook, columns, slots, shape::layout(), group, shape::groups);
-            choice.merge(0xFFFFFFFFu, 8);
-            choice.merge(0xFFFFFFFFu, 16);
-            if (lane == 0) choices[warp] = choice;
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                for (int w = 1; w < shape::warps; ++w)
-                    if (choices[w].code >= 0) choice.consider(choices[w].distance, choices[w].code);
-                codes[r] = choice.code;
-            }
+            merge_block<shape::warps>(choice, choices);
+            if (threadIdx.x == 0) codes[r] = choice.code;
             __syncthreads();
         }
     }

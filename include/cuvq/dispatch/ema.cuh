@@ -67,9 +67,8 @@ void ema_update_gathered(const detail::accumulate_args<X>& a, const detail::ema_
                          cudaStream_t stream) {
     using in_clusters = gather_plan::in_clusters;
     using alone = gather_plan::alone;
-    static_assert(
-        2 * gather_shapes::most_blocks <= kernel::most_total_parts && in_clusters::most_codes == 2 * alone::most_codes,
-        "cuvq: each block leaves a part");
+    static_assert(gather_shapes::most_blocks * in_clusters::most_codes <= kernel::most_total_parts * alone::most_codes,
+                  "cuvq: each block leaves a part");
     const gather_plan plan(a, from);
     if (needs_total(p)) {
         const unsigned blocks =

@@ -270,8 +270,9 @@ bool serves_sm90(std::int64_t codes, std::int64_t dimensions) {
     int device = 0, major = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    return major == 9 && codes < kernel::row_results::most_codes && dimensions <= sm90_d269::dimensions &&
-           Tile::steps == image_layout(dimensions).steps &&
+    static_assert(std::int64_t{kernel::few_leads::most_tiles} * kernel::image_tile <= kernel::row_results::most_codes);
+    return major == 9 && device::image_ref::tiles(codes) <= kernel::few_leads::most_tiles &&
+           dimensions <= sm90_d269::dimensions && Tile::steps == image_layout(dimensions).steps &&
            is_compiled(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_threads) &&
            fits_shared(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_shared<Tile>::allocated, device) &&
            fits_shared(kernel::quantize_sm90<Tile, X, C>, kernel::sm90_shared<Tile>::allocated, device);

@@ -108,7 +108,6 @@ __device__ float sum_shares(float (&v)[Count], int lanes) {
 template <class X, class C>
 __device__ void write_rows(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t first,
                            int step, int count, std::int64_t code, double& loss) {
-    if (!wants_rows(a, tally)) return;
     constexpr unsigned all = 0xFFFFFFFFu;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const bool wants_distance = a.distances || tally.loss != nullptr;
@@ -220,12 +219,12 @@ __device__ void write_tile(const detail::quantize_args<X, C>& a, const search_ta
                            int step, std::int64_t count, const std::int64_t* codes, double& loss) {
     constexpr int share = (Rows - 1) / (Threads / 32) + 1;  // of a warp
     static_assert(share <= 32, "a warp's lanes hold its rows' codes");
+    for (int r = static_cast<int>(threadIdx.x); r < count; r += Threads)
+        if (codes[r] != row_left_open) write_code(a, tally, first + r * step, codes[r]);
+    if (!wants_rows(a, tally)) return;
     const int lane = static_cast<int>(threadIdx.x) % 32, begin = static_cast<int>(threadIdx.x) / 32 * share;
     const int mine = min(share, static_cast<int>(count) - begin);
-    if (mine <= 0) return;
-    const std::int64_t code = lane < mine ? codes[begin + lane] : -1;
-    write_codes(a, tally, first + begin * step, step, mine, code);
-    write_rows(a, tally, first + begin * step, step, mine, code, loss);
+    if (mine > 0) write_rows(a, tally, first + begin * step, step, mine, lane < mine ? codes[begin + lane] : -1, loss);
 }
 
 /// Adds up the losses of a warp's lanes into `to`.

@@ -130,9 +130,8 @@ __global__ __launch_bounds__(settle_threads,
     if (!__syncthreads_or(any)) return;  // as mostly
     const std::int64_t total = starts.set(blocks, [&](int block) { return hard.counts[block]; });
     const auto find = [&](std::int64_t number) {
-        const int block = starts.find(number);
-        const auto at = static_cast<int>(number - starts.starts[block]);
-        const unsigned long long listed = hard.rows[hard.place(at, block, blocks, tile)];
+        const auto [block, before] = starts.find(number);
+        const unsigned long long listed = hard.rows[hard.place(before, block, blocks, tile)];
         return listed_row{static_cast<std::int64_t>(listed >> hard.slot_bits),
                           static_cast<unsigned>(listed & ((1u << hard.slot_bits) - 1))};
     };
@@ -175,7 +174,7 @@ __global__ __launch_bounds__(outputs_threads) void choose_part(const __grid_cons
 #pragma unroll
         for (int step = rows; step < 32; step *= 2) choice.merge(0xFFFFFFFFu, step);
         write_codes(a, tally, first, 1, count, choice.code);
-        write_rows(a, tally, first, 1, count, choice.code, loss);
+        if (wants_rows(a, tally)) write_rows(a, tally, first, 1, count, choice.code, loss);
     }
     if (tally.loss) write_loss(tally.loss + warp, loss);
 }

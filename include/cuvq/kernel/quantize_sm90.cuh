@@ -492,7 +492,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
     arch::wait_for_predecessor();
     __syncthreads();
     load_centre(image, static_cast<int>(a.x.columns), 16 * Tile::steps, centre);
-    load_bounds(image, tiles, bounds);
+    load_bounds(image, tiles, bounds, static_cast<int>(threadIdx.x));
     if (blockIdx.x == 0 && open.shared)
         for (int i = threadIdx.x; i < most_shared_rows; i += blockDim.x) open.shared[i].done = 0;
     if (tally.digits.histogram) {  // of the block's own rows: nobody else adds to these before the search is done

@@ -36,9 +36,26 @@ static_assert(code_aside == row_left_open, "rows of the whole cluster are writte
 
 /// What one of the four threads that share a row in a warpgroup found: its leaders, and the best of all that it
 /// dropped.
-struct alignas(16) few_lead {
+struct few_lead {
     int best, best_runner, next, next_runner;
-    int rest, best_tile, next_tile, unused;
+    int rest, best_tile, next_tile;
+};
+
+/// Such leads in shared memory, in two arrays, since they are sent in words of 16 and of 8 bytes.
+struct few_leads {
+    static constexpr int bytes = 24;            // of a lead
+    static constexpr int most_tiles = 1 << 16;  // of a codebook
+
+    int4* scores;  // best, best_runner, next, next_runner
+    int2* others;  // rest, and both tiles
+
+    __device__ few_leads from(int i) const { return {scores + i, others + i}; }
+    __device__ int best(int i) const { return scores[i].x; }
+    __device__ few_lead operator[](int i) const {
+        const int4 s = scores[i];
+        const int2 o = others[i];
+        return {s.x, s.y, s.z, s.w, o.x, o.y & (most_tiles - 1), static_cast<int>(static_cast<unsigned>(o.y) >> 16)};
+    }
 };
 
 /// Shared memory of the kernel, by offsets.
@@ -50,10 +67,13 @@ struct few_shared {
                   "cuvq: a block of sm90_tile has four warpgroups for few rows");
     static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(scored_rows);
     static constexpr int rows = Tile::few_stages * code_bytes;
-    static constexpr int leads = rows + row_bytes;
-    static constexpr int codes = leads + scored_rows * groups * 4 * static_cast<int>(sizeof(few_lead));
-    static constexpr int barriers = codes + scored_rows * 8;
-    static constexpr int measures = barriers + 8 * (Tile::few_stages + 2);
+    static constexpr int leads = rows + row_bytes, most_leads = scored_rows * groups * 4;
+    static constexpr int codes = leads + most_leads * few_leads::bytes;
+    // Rows of x as they are: all of them, or of long ones, half. Of short ones none, which threads load as soon.
+    static constexpr int copied_rows = Tile::steps == 1 ? 0 : Tile::steps > 9 ? scored_rows / 2 : scored_rows;
+    static constexpr int copied = codes + scored_rows * 8;
+    static constexpr int barriers = copied + copied_rows * Tile::dimensions * 4;
+    static constexpr int measures = barriers + 8 * (Tile::few_stages + 3);
     static constexpr int bounds = measures + scored_rows * static_cast<int>(sizeof(row_measure));
     static constexpr int limits = bounds + static_cast<int>(sizeof(device::score_bounds));
     static constexpr int asked = limits + scored_rows * 4;
@@ -86,17 +106,17 @@ struct few_rows {
     __device__ int own(int row) const { return row >> bits; }
 };
 
-/// Sends a thread's leaders of a row to `to` in the shared memory of block `owner`; in a cluster of one, just there.
-__device__ inline void send(const leaders& lead, few_lead* to, unsigned owner, few_mailbox& box, bool alone) {
-    const int first[4] = {lead.best, lead.best_runner, lead.next, lead.next_runner};
-    const int second[4] = {max(lead.rest, lead.third), lead.best_tile, lead.next_tile, 0};
-    if (alone) {
-        auto* here = reinterpret_cast<int4*>(to);
-        here[0] = {first[0], first[1], first[2], first[3]};
-        here[1] = {second[0], second[1], second[2], second[3]};
+/// Sends a thread's leaders of a row to `to` in the shared memory of block `owner`; `here`: of this one, just there.
+__device__ inline void send(const leaders& lead, const few_leads& to, unsigned owner, few_mailbox& box, bool here) {
+    const int scores[4] = {lead.best, lead.best_runner, lead.next, lead.next_runner};
+    const int2 others{max(lead.rest, lead.third),
+                      (lead.best_tile & (few_leads::most_tiles - 1)) | lead.next_tile << 16};
+    if (here) {
+        *to.scores = {scores[0], scores[1], scores[2], scores[3]};
+        *to.others = others;
     } else {
-        box.send(&to->best, owner, first);
-        box.send(&to->rest, owner, second);
+        box.send(reinterpret_cast<int*>(to.scores), owner, scores);
+        box.send(to.others, owner, others);
     }
 }
 
@@ -113,6 +133,8 @@ struct few_tiles {
     /// Blocks take tiles in turn.
     __device__ int tile(int j) const { return j * blocks + rank; }
     __device__ bool has(int j) const { return tile(j) < tiles; }
+    /// How many of its warpgroups have tiles.
+    __device__ int parts() const { return rank < tiles ? min((tiles - 1 - rank) / blocks + 1, shared::groups) : 0; }
     /// One thread.
     __device__ void fetch(int j) const {
         namespace ptx = cuda::ptx;
@@ -164,13 +186,13 @@ __device__ inline int code_of(int tagged_score, int tile, int lead) {
 /// From the `count` leads of the threads that scored a row, four for every warpgroup; a row has at most `most`
 /// candidates one by one. `lanes` lanes a row, a power of two; whole warps, converged: shuffles of diverged ones are
 /// slow. Loops over leads are not unrolled: they are short, and run from a cold instruction cache.
-__device__ inline few_conclusion conclude_few(const few_lead* leads, int count, int most, float error, bool exact,
+__device__ inline few_conclusion conclude_few(const few_leads& leads, int count, int most, float error, bool exact,
                                               int lanes) {
     constexpr unsigned all = 0xFFFFFFFFu;
     const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
     int best = leaders::least;
 #pragma unroll 1
-    for (int i = lane; i < count; i += lanes) best = max(best, leads[i].best);
+    for (int i = lane; i < count; i += lanes) best = max(best, leads.best(i));
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
         const int other = __shfl_xor_sync(all, best, step);
@@ -335,11 +357,13 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     char* base = dynamic_shared + ((1024 - (arch::shared_address(dynamic_shared) & 1023)) & 1023);
     char* operands = base;                                                // (stages, 128 codes, steps * 16)
     char* rows = base + shared::rows;                                     // (64 rows, steps * 16)
-    auto* leads = reinterpret_cast<few_lead*>(base + shared::leads);      // (rows of the block, parts, 4)
-    auto* codes = reinterpret_cast<std::int64_t*>(base + shared::codes);  // (rows of the block)
+    const few_leads leads{reinterpret_cast<int4*>(base + shared::leads),  // (rows of the block, parts, 4)
+                          reinterpret_cast<int2*>(base + shared::leads + shared::most_leads * sizeof(int4))};
+    auto* codes = reinterpret_cast<std::int64_t*>(base + shared::codes);                 // (rows of the block)
     auto* full = arch::kept(reinterpret_cast<std::uint64_t*>(base + shared::barriers));  // (stages)
-    auto& box = *reinterpret_cast<few_mailbox*>(full + stages);                // of the leads of all the block's rows
-    auto& asked_box = *reinterpret_cast<few_mailbox*>(full + stages + 1);      // of that question
+    auto& box = *reinterpret_cast<few_mailbox*>(full + stages);            // of the leads of all the block's rows
+    auto& asked_box = *reinterpret_cast<few_mailbox*>(full + stages + 1);  // of that question
+    std::uint64_t* const copied_full = full + stages + 2;
     auto* measures = reinterpret_cast<row_measure*>(base + shared::measures);  // (64)
     auto* bounds = reinterpret_cast<int*>(base + shared::bounds);
     auto* limits = reinterpret_cast<int*>(base + shared::limits);  // (rows of the block)
@@ -361,9 +385,10 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     if (starts) {
         listed = 0;
         for (int i = 0; i < stages; ++i) ptx::mbarrier_init(full + i, 1);
+        ptx::mbarrier_init(copied_full, 1);
         asked_box.open();
         box.open();  // with a fence for all of them
-        box.expect(share.count() * parts * 4 * static_cast<int>(sizeof(few_lead)));
+        box.expect(share.count() * (parts - tiles.parts()) * 4 * few_leads::bytes);
     }
     if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
     __syncthreads();
@@ -371,20 +396,36 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     arch::wait_for_predecessor();
 
     // A warp converts as many rows as it can at once. Loads of the rows come first of all, since all else waits for
-    // them, or takes up what connects the processor to the L2 cache: the tiles of codes.
+    // them, or takes up what connects the processor to the L2 cache: the tiles of codes. Where one copy can fetch them
+    // it does, which is faster than loads by threads.
     constexpr bool is_short = Tile::steps == 1;  // a lane takes a row
     const bool converts = warp < scored_rows / (is_short ? 32 : split::rows);
     const int row = is_short ? threadIdx.x : warp * split::rows + lane / split::lanes;
-    const bool inside = first + row < a.x.rows, vectors = loads_vectors(a.x);
+    const int row_count = static_cast<int>(min(a.x.rows - first, std::int64_t{scored_rows}));
+    const bool inside = row < row_count, vectors = loads_vectors(a.x);
+    const int copied_bytes = min(row_count, shared::copied_rows) * columns * static_cast<int>(sizeof(X));
+    const bool copies = shared::copied_rows > 0 && a.x.stride == a.x.columns && copied_bytes % 16 == 0 &&
+                        reinterpret_cast<std::uintptr_t>(a.x.row(first)) % 16 == 0;
+    if (copies && starts) {
+        ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, copied_full, copied_bytes);
+        ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, base + shared::copied, a.x.row(first), copied_bytes,
+                           copied_full);
+    }
+    __syncwarp();
+    const bool is_copied = copies && row < shared::copied_rows;  // the same for all rows of a warp
     const X* x = a.x.row(inside ? first + row : 0);
+    if (is_copied) x = reinterpret_cast<const X*>(base + shared::copied) + (inside ? row : 0) * columns;
     float4 v[split::parts], centre[split::parts];
+    const auto load_x = [&] {
+#pragma unroll
+        for (int s = 0; s < split::parts; ++s) v[s] = load_part<Tile::steps>(x, columns, vectors, s);
+    };
     short_row short_x, short_centre;
     if (is_short && converts) {
         short_x.load(x, columns, vectors);
         short_centre.load(image.centre, columns, false);
     } else if (converts && vectors) {
-#pragma unroll
-        for (int s = 0; s < split::parts; ++s) v[s] = load_part<Tile::steps>(x, columns, vectors, s);
+        if (!is_copied) load_x();
 #pragma unroll
         for (int s = 0; s < split::parts; ++s) centre[s] = load_part<Tile::steps>(image.centre, columns, vectors, s);
     }
@@ -394,7 +435,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         for (int j = 0; j < stages && tiles.has(j); ++j) tiles.fetch(j);
     }
     __syncwarp();
-    load_bounds(image, tiles.tiles, bounds);
+    load_bounds(image, tiles.tiles, bounds, few_threads - 1 - static_cast<int>(threadIdx.x));
     if (converts) {
         const float scale = *image.scale;
         const auto scaled = [&](const float4& c) {
@@ -408,7 +449,13 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             row_image<Tile::steps> operand{rows, row};
             float factor = 1.0f;
             const auto centre_at = [&](int d) { return scaled(device::load4(image.centre, d, columns)); };
+            if (is_copied) {
+                while (!ptx::mbarrier_try_wait_parity(copied_full, 0)) {
+                }
+                __syncwarp();
+            }
             if (vectors) {
+                if (is_copied) load_x();
 #pragma unroll
                 for (int s = 0; s < split::parts; ++s)
                     operand.put_last(operand.centred(v[s], scale, scaled(centre[s])), factor, columns, s);
@@ -441,7 +488,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             });
         arch::cluster<few_blocks>::wait();
         const auto send_row = [&](const leaders& lead, int row) {
-            send(lead, leads + (share.own(row) * parts + part) * 4 + lane % 4, share.owner(row), box, blocks == 1);
+            const int owner = share.owner(row);
+            send(lead, leads.from((share.own(row) * parts + part) * 4 + lane % 4), owner, box, owner == rank);
         };
         send_row(lead0, row0);
         send_row(lead1, row0 + 8);
@@ -458,13 +506,12 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     const int lanes = min(32 / ((share.count() - 1) / few_warps + 1), parts > 4 ? 32 : 16);  // of a row
     const int own = lane / lanes * few_warps + warp;
     const bool leads_row = lane % lanes == 0;
-    const int row_count = static_cast<int>(min(a.x.rows - first, std::int64_t{scored_rows}));
     const int count = row_count > rank ? share.own(row_count - 1 - rank) + 1 : 0;
     int code = 0, own_first = 0, own_candidates = 0;
     if (warp < count) {  // lanes beyond the last row repeat another one
         const int r = own < count ? own : warp;
         const few_conclusion c =
-            conclude_few(leads + r * parts * 4, parts * 4, shared::row_candidates,
+            conclude_few(leads.from(r * parts * 4), parts * 4, shared::row_candidates,
                          measures[share.row(r)].error(as_bounds(bounds), Tile::steps), exact, lanes);
         const bool open = own < count && c.code == code_listed;
         if (own < count) code = c.code;

@@ -242,13 +242,13 @@ __device__ inline void load_centre(const codebook_image& image, int columns, int
 }
 
 /// The largest bounds of all codes, as integers, in `bounds`, which held zeros, for a whole block. To be read after a
-/// barrier.
-__device__ inline void load_bounds(const codebook_image& image, int tiles, int* bounds) {
-    const int parts = tiles * (image_tile / image_part), warp_first = static_cast<int>(threadIdx.x) & ~31;
+/// barrier. `thread`: which share to take.
+__device__ inline void load_bounds(const codebook_image& image, int tiles, int* bounds, int thread) {
+    const int parts = tiles * (image_tile / image_part), warp_first = thread & ~31;
     if (warp_first >= parts) return;
     int most[4] = {};  // bounds are not negative, or NaN or Inf: as integers they compare as they should
 #pragma unroll 1
-    for (int i = threadIdx.x; i < parts; i += blockDim.x) {
+    for (int i = thread; i < parts; i += blockDim.x) {
         const code_bounds b = image.bounds[i];
         most[0] = max(most[0], __float_as_int(b.norm));
         most[1] = max(most[1], __float_as_int(b.residual));

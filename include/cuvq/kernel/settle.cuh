@@ -281,13 +281,12 @@ __device__ __noinline__ void settle_rest(const detail::quantize_args<X, C>& a, c
     const std::int64_t share = ((total - 1) / (warps * deal.rows) + 1) * deal.rows;
     const std::int64_t end = min((warp + 1) * share, total);
     for (std::int64_t at = warp * share; at < end;) {
-        const int segment = shared.find(at);
-        const std::int64_t start = shared.starts[segment];
+        const auto [segment, before] = shared.find(at);
         const std::int64_t next = segment + 1 < most_segments ? shared.starts[segment + 1] : total;
-        const int first = deal.most() + static_cast<int>(at - start);
-        const int stop = deal.most() + static_cast<int>(min(end, next) - start);
-        settle_listed<Lanes>(a, tally, open, deal.segments.of(segment), first, 1, deal.rows, [&] { return stop; });
-        at += stop - first;
+        const int count = static_cast<int>(min(end, next) - at), first = deal.most() + before;
+        settle_listed<Lanes>(a, tally, open, deal.segments.of(segment), first, 1, deal.rows,
+                             [stop = first + count] { return stop; });
+        at += count;
     }
 }
 
@@ -300,9 +299,9 @@ __device__ void settle_wide(const detail::quantize_args<X, C>& a, const search_t
     };
     const std::int64_t total = starts.set(segments.count(), [&](int segment) { return open.counts[segment].y; });
     const auto find = [&](std::int64_t number) {
-        const int low = starts.find(number);
-        const rows_seen seen = segments.of(low);
-        const std::int64_t place = seen.row(seen.count() - 1 - static_cast<int>(number - starts.starts[low]));
+        const auto [segment, before] = starts.find(number);
+        const rows_seen seen = segments.of(segment);
+        const std::int64_t place = seen.row(seen.count() - 1 - before);
         return open_row{seen.row(open.rows[place]), place};
     };
     settle_spread(a, tally, total, open.shared, find,

@@ -37,29 +37,6 @@ inline constexpr int most_segments = 1024;                     // of the lists o
 
 #if CUVQ_HAS_MMA
 
-/// The choice of a warp, from those of its lanes.
-__device__ inline void merge_warp(device::exact_choice& choice) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) choice.merge(0xFFFFFFFFu, step);
-}
-
-/// The choice of a whole block, from those of its lanes; in warp 0. All threads call it, after a
-/// barrier that lets `distances` and `codes` be written; they may be written again after the next one.
-template <int Warps>
-__device__ void merge_block(device::exact_choice& choice, double (&distances)[Warps], std::int64_t (&codes)[Warps]) {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    merge_warp(choice);
-    if (threadIdx.x % 32 == 0) {
-        distances[warp] = choice.distance;
-        codes[warp] = choice.code;
-    }
-    __syncthreads();
-    if (warp == 0) {
-        for (int w = 1; w < Warps; ++w)
-            if (codes[w] >= 0) choice.consider(distances[w], codes[w]);
-    }
-}
-
 /// Where the rows of each segment of a list begin among those of all. Shared memory.
 struct segment_starts {
     using scan = cub::BlockScan<std::int64_t, settle_threads>;
@@ -83,14 +60,17 @@ struct segment_starts {
         __syncthreads();
         return total;
     }
-    /// Whose row number `number` is.
-    __device__ int find(std::int64_t number) const {
+    /// Where row number `number` stands: in which segment, after how many of its rows.
+    struct place {
+        int segment, before;
+    };
+    __device__ place find(std::int64_t number) const {
         int low = 0, high = most_segments;  // of the segments that start at `number` or before, the last
         while (high - low > 1) {
             const int middle = (low + high) / 2;
             (starts[middle] <= number ? low : high) = middle;
         }
-        return low;
+        return {low, static_cast<int>(number - starts[low])};
     }
 };
 
@@ -103,16 +83,17 @@ template <class X, class C, class Find, class Consider>
 __device__ void settle_spread(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t total,
                               shared_row* shared, const Find& find, const Consider& consider) {
     constexpr int warps = settle_threads / 32;
-    __shared__ double distances[warps];
-    __shared__ std::int64_t codes[warps];
+    using device::exact_choice;
+    __shared__ alignas(exact_choice) char room[warps * sizeof(exact_choice)];
+    auto* choices = reinterpret_cast<exact_choice*>(room);
     __shared__ bool decides;
     const int parts = total > most_shared_rows ? 1 : shared_parts(a.codebook.rows, a.codebook.columns);
     for (std::int64_t i = gridDim.x - 1 - blockIdx.x; i < total * parts; i += gridDim.x) {
         const int part = static_cast<int>(i % parts);
         const auto found = find(i / parts);
-        device::exact_choice choice;
+        exact_choice choice;
         consider(choice, found, part, parts);
-        merge_block(choice, distances, codes);
+        device::merge_block<warps>(choice, choices);
         __syncthreads();
         if (parts > 1) {
             shared_row& with_others = shared[i / parts];
@@ -130,7 +111,7 @@ __device__ void settle_spread(const detail::quantize_args<X, C>& a, const search
                 choice.distance = __ldcg(with_others.distance + threadIdx.x);
                 choice.code = __ldcg(reinterpret_cast<const long long*>(with_others.code) + threadIdx.x);
             }
-            merge_block(choice, distances, codes);
+            device::merge_block<warps>(choice, choices);
             __syncthreads();
         }
         if (threadIdx.x == 0) write_code(a, tally, found.row, choice.code, tally.digits.of(found.row));
