@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -74,9 +75,11 @@ struct few_shared {
     static constexpr int copied = codes + scored_rows * 8;
     static constexpr int barriers = copied + copied_rows * Tile::dimensions * 4;
     static constexpr int measures = barriers + 8 * (Tile::few_stages + 3);
-    static constexpr int bounds = measures + scored_rows * static_cast<int>(sizeof(row_measure));
+    static constexpr int errors = measures + scored_rows * static_cast<int>(sizeof(row_measure));
+    static constexpr int bounds = errors + scored_rows * 4;
     static constexpr int limits = bounds + static_cast<int>(sizeof(device::score_bounds));
-    static constexpr int asked = limits + scored_rows * 4;
+    static constexpr int opened = limits + scored_rows * 4;
+    static constexpr int asked = opened + scored_rows * 8;
     static constexpr int bytes = asked + few_blocks * 4;
     static constexpr int allocated = bytes + 1024;  // the base is aligned by hand
     // Over the tiles of codes, once they are scored: candidates, and their distances. So many of a row are measured one
@@ -171,59 +174,83 @@ struct few_tiles {
     }
 };
 
-/// What the lanes of a row conclude from its leads.
-struct few_conclusion {
-    int least;   // what a lead must reach to be a candidate; 0 where leads say nothing
-    int number;  // of candidates that this lane has seen
-    int total;   // of the row
-    int code;    // of the row, or code_aside, or code_listed
-};
-
 __device__ inline int code_of(int tagged_score, int tile, int lead) {
     return scored_code(tile, place_of(tagged_score), lead & 3);
 }
 
+/// What the lanes of a row conclude from its leads.
+struct few_conclusion {
+    int least;  // what a lead must reach to be a candidate; 0 where leads say nothing
+    int total;  // candidates
+    int code;   // of the row, or code_aside, or code_listed
+};
+
+/// A value of all `Lanes` lanes of a row, from each one's: joined two by two, or of a whole warp at once.
+template <int Lanes, class Two, class Warp>
+__device__ int join_lanes(int v, const Two& two, const Warp& warp) {
+    if (Lanes == 32) return warp(0xFFFFFFFFu, v);
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) v = two(v, __shfl_xor_sync(0xFFFFFFFFu, v, step));
+    return v;
+}
+
 /// From the `count` leads of the threads that scored a row, four for every warpgroup; a row has at most `most`
-/// candidates one by one. `lanes` lanes a row, a power of two; whole warps, converged: shuffles of diverged ones are
-/// slow. Loops over leads are not unrolled: they are short, and run from a cold instruction cache.
-__device__ inline few_conclusion conclude_few(const few_leads& leads, int count, int most, float error, bool exact,
-                                              int lanes) {
-    constexpr unsigned all = 0xFFFFFFFFu;
-    const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+/// candidates one by one. `Lanes` lanes a row; whole warps, converged: shuffles of diverged ones are slow. Loops over
+/// leads are not unrolled: they are short, and run from a cold instruction cache.
+template <int Lanes>
+__device__ few_conclusion conclude_few(const few_leads& leads, int count, int most, float error, bool exact) {
+    const int lane = static_cast<int>(threadIdx.x) % Lanes;
     int best = leaders::least;
 #pragma unroll 1
-    for (int i = lane; i < count; i += lanes) best = max(best, leads.best(i));
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_xor_sync(all, best, step);
-        best = step < lanes ? max(best, other) : best;
-    }
-    const int top = best & tag_mask;
-    few_conclusion c{exact ? least_candidate(best, error) : top, 0, 0, 0x7FFFFFFF};
-    constexpr int lost = 1 << 16;            // more than all candidates
-    if (!(c.least > 0 && error == error)) {  // integers order positive scores only
-        c.total = lost;
-        c.least = 0;
-    }
+    for (int i = lane; i < count; i += Lanes) best = max(best, leads.best(i));
+    best = join_lanes<Lanes>(
+        best, [](int a, int b) { return max(a, b); }, [](unsigned all, int v) { return __reduce_max_sync(all, v); });
+    const int top = best & tag_mask, least = exact ? least_candidate(best, error) : top;
+    int code = 0x7FFFFFFF, total = 0;
+    constexpr int lost = 1 << 16;  // more than all candidates
 #pragma unroll 1
-    for (int i = lane; i < count; i += lanes) {
+    for (int i = lane; i < count; i += Lanes) {
         const few_lead l = leads[i];
-        const bool may_win = exact ? l.best >= c.least : (l.best & tag_mask) == top;
-        const int code = code_of(l.best, l.best_tile, i);
-        c.code = may_win && code < c.code ? code : c.code;
+        const bool may_win = exact ? l.best >= least : (l.best & tag_mask) == top;
+        if (may_win) code = min(code, code_of(l.best, l.best_tile, i));
         if (!exact) continue;
-        c.number += may_win + (l.best_runner >= c.least) + (l.next >= c.least) + (l.next_runner >= c.least);
-        if (l.rest >= c.least) c.total = lost;  // something dropped could win
+        total += may_win + (l.best_runner >= least) + (l.next >= least) + (l.next_runner >= least);
+        if (l.rest >= least) total += lost;  // something dropped could win
     }
-    c.total += c.number;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const int code = __shfl_xor_sync(all, c.code, step), total = __shfl_xor_sync(all, c.total, step);
-        if (step < lanes) c.code = min(c.code, code);
-        if (step < lanes) c.total += total;
+    code = join_lanes<Lanes>(
+        code, [](int a, int b) { return min(a, b); }, [](unsigned all, int v) { return __reduce_min_sync(all, v); });
+    total = join_lanes<Lanes>(
+        total, [](int a, int b) { return a + b; }, [](unsigned all, int v) { return __reduce_add_sync(all, v); });
+    if (!(least > 0 && error == error)) return {0, 0, code_aside};  // integers order positive scores only
+    return {least, total, total > most ? code_aside : total > 1 ? code_listed : code};
+}
+
+/// Lists the candidates of row `own` from `at` on: those of its `count` leads that reach `least`, and reads ahead from
+/// their rows of the codebook. Whole warp.
+template <class C>
+__device__ void list_few(const few_leads& leads, int count, int least, int own, const matrix_ref<const C>& codebook,
+                         int* candidate, int* candidate_row, int at) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 1
+    for (int from = 0; from < count; from += 32) {
+        const int i = from + lane;
+        const few_lead l = i < count ? leads[i] : few_lead{};  // which reaches nothing
+        const auto list = [&](int score, int tile) {
+            const unsigned reach = __ballot_sync(0xFFFFFFFFu, score >= least);
+            if (score >= least) {
+                const int to = at + __popc(reach & ((1u << lane) - 1)), code = code_of(score, tile, i);
+                candidate[to] = code;
+                candidate_row[to] = own;
+                arch::touch_all(codebook.row(code), codebook.columns);
+            }
+            at += __popc(reach);
+        };
+        list(l.best, l.best_tile);
+        list(l.best_runner, l.best_tile);
+        list(l.next, l.next_tile);
+        list(l.next_runner, l.next_tile);
     }
-    if (c.total > 1) c.code = c.total > most ? code_aside : code_listed;
-    return c;
+    __syncwarp();
 }
 
 /// Stands for what a score must reach to be a candidate, where a row is not the whole cluster's. 0: every code is one.
@@ -365,9 +392,11 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     auto& asked_box = *reinterpret_cast<few_mailbox*>(full + stages + 1);  // of that question
     std::uint64_t* const copied_full = full + stages + 2;
     auto* measures = reinterpret_cast<row_measure*>(base + shared::measures);  // (64)
+    auto* errors = reinterpret_cast<float*>(base + shared::errors);            // (64)
     auto* bounds = reinterpret_cast<int*>(base + shared::bounds);
-    auto* limits = reinterpret_cast<int*>(base + shared::limits);  // (rows of the block)
-    auto* asked = reinterpret_cast<int*>(base + shared::asked);    // (blocks) whether one has rows aside
+    auto* limits = reinterpret_cast<int*>(base + shared::limits);   // (rows of the block)
+    auto* opened = reinterpret_cast<int2*>(base + shared::opened);  // (rows of the block) candidates: first, last + 1
+    auto* asked = reinterpret_cast<int*>(base + shared::asked);     // (blocks) whether one has rows aside
 
     const int warp = static_cast<int>(threadIdx.x) / 32, group = warp / 4, lane = static_cast<int>(threadIdx.x) % 32;
     const int rank = static_cast<int>(blockIdx.x % blocks);
@@ -404,6 +433,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     const int row_count = static_cast<int>(min(a.x.rows - first, std::int64_t{scored_rows}));
     const bool inside = row < row_count, vectors = loads_vectors(a.x);
     const int copied_bytes = min(row_count, shared::copied_rows) * columns * static_cast<int>(sizeof(X));
+    const auto* const copied = reinterpret_cast<const X*>(base + shared::copied);
     const bool copies = shared::copied_rows > 0 && a.x.stride == a.x.columns && copied_bytes % 16 == 0 &&
                         reinterpret_cast<std::uintptr_t>(a.x.row(first)) % 16 == 0;
     if (copies && starts) {
@@ -412,9 +442,10 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
                            copied_full);
     }
     __syncwarp();
-    const bool is_copied = copies && row < shared::copied_rows;  // the same for all rows of a warp
+    const auto has_copy = [&](int row) { return copies && row < shared::copied_rows; };
+    const bool is_copied = has_copy(row);  // the same for all rows of a warp
     const X* x = a.x.row(inside ? first + row : 0);
-    if (is_copied) x = reinterpret_cast<const X*>(base + shared::copied) + (inside ? row : 0) * columns;
+    if (is_copied) x = copied + (inside ? row : 0) * columns;
     float4 v[split::parts], centre[split::parts];
     const auto load_x = [&] {
 #pragma unroll
@@ -469,16 +500,19 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     }
     __syncthreads();
 
+    const int row0 = warp % 4 * 16 + lane / 4;  // of the rows that a thread scores; and the eighth after it
+    float error0, error1;
+    const auto measure = [&] {
+        error0 = measures[row0].error(as_bounds(bounds), Tile::steps);
+        error1 = measures[row0 + 8].error(as_bounds(bounds), Tile::steps);
+        if (group != 0 || lane % 4 != 0) return;
+        errors[row0] = error0;
+        errors[row0 + 8] = error1;
+    };
     if (group < groups && part < tiles.tiles) {
-        const int row0 = warp % 4 * 16 + lane / 4;
         leaders lead0, lead1;
         const std::uint32_t row_operand = arch::uniform(arch::kept(arch::operand(rows)));
         const std::uint32_t code_operands = arch::kept(arch::operand(operands));
-        float error0, error1;
-        const auto measure = [&] {
-            error0 = measures[row0].error(as_bounds(bounds), Tile::steps);
-            error1 = measures[row0 + 8].error(as_bounds(bounds), Tile::steps);
-        };
         for (int j = group; tiles.has(j); j += groups)
             tiles.score(row_operand, code_operands, j, false, measure, [&](const float(&score)[64], int tile) {
                 if (exact)
@@ -494,6 +528,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         send_row(lead0, row0);
         send_row(lead1, row0 + 8);
     } else {
+        if (group == 0) measure();
         arch::cluster<few_blocks>::wait();
     }
 
@@ -503,64 +538,52 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     auto* candidate_row = candidate + shared::most_candidates;                     // (most_candidates)
     if (blocks > 1) box.receive(0);
     __syncthreads();  // of the rows of a block not every warp has sent some: only now are all done with the operands
-    const int lanes = min(32 / ((share.count() - 1) / few_warps + 1), parts > 4 ? 32 : 16);  // of a row
-    const int own = lane / lanes * few_warps + warp;
-    const bool leads_row = lane % lanes == 0;
     const int count = row_count > rank ? share.own(row_count - 1 - rank) + 1 : 0;
-    int code = 0, own_first = 0, own_candidates = 0;
-    if (warp < count) {  // lanes beyond the last row repeat another one
-        const int r = own < count ? own : warp;
-        const few_conclusion c =
-            conclude_few(leads.from(r * parts * 4), parts * 4, shared::row_candidates,
-                         measures[share.row(r)].error(as_bounds(bounds), Tile::steps), exact, lanes);
-        const bool open = own < count && c.code == code_listed;
-        if (own < count) code = c.code;
-        if (__any_sync(0xFFFFFFFFu, open)) {
-            own_candidates = open ? c.total : 0;
-            const int number = open ? c.number : 0;
-            int end = number;  // of the warp's candidates up to this lane's last
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const int others = __shfl_up_sync(0xFFFFFFFFu, end, step);
-                if (lane >= step) end += others;
-            }
-            const int base = __shfl_sync(0xFFFFFFFFu, lane == 31 ? atomicAdd(&listed, end) : 0, 31);
-            int at = base + end - number;
-            own_first = __shfl_sync(0xFFFFFFFFu, at, 0, lanes);
-            const auto list = [&](int score, int tile, int i) {
-                if (score < c.least) return;
-                candidate[at] = code_of(score, tile, i);
-                candidate_row[at++] = own;
-            };
-#pragma unroll 1
-            for (int i = lane % lanes; i < parts * 4 && at < base + end; i += lanes) {
-                const few_lead l = leads[own * parts * 4 + i];
-                list(l.best, l.best_tile, i);
-                list(l.best_runner, l.best_tile, i);
-                list(l.next, l.next_tile, i);
-                list(l.next_runner, l.next_tile, i);
-            }
-            __syncwarp();
+    bool any_aside = false;
+    const auto conclude = [&](auto lanes_of_row) {
+        constexpr int lanes = decltype(lanes_of_row)::value;
+        const int number = lane / lanes * few_warps + warp, own = min(number, count - 1);
+        const few_conclusion c = conclude_few<lanes>(leads.from(own * parts * 4), parts * 4, shared::row_candidates,
+                                                     errors[share.row(own)], exact);
+        const bool leads_row = lane % lanes == 0 && number < count;
+        unsigned open = __ballot_sync(0xFFFFFFFFu, leads_row && c.code == code_listed);
+        for (; open != 0; open &= open - 1) {
+            const int from = __ffs(static_cast<int>(open)) - 1;
+            const int r = __shfl_sync(0xFFFFFFFFu, own, from), least = __shfl_sync(0xFFFFFFFFu, c.least, from);
+            const int at = __shfl_sync(0xFFFFFFFFu, lane == from ? atomicAdd(&listed, c.total) : 0, from);
+            list_few(leads.from(r * parts * 4), parts * 4, least, r, a.codebook, candidate, candidate_row, at);
+            if (lane == from) opened[r] = {at, at + c.total};
+            if (!has_copy(share.row(r))) arch::touch_all(a.x.row(first + share.row(r)), columns, lane, 32);
         }
-        if (own < count && leads_row) {
-            codes[own] = code;
-            limits[own] = code == code_aside ? c.least : no_limit;
+        if (leads_row) {
+            codes[own] = c.code;
+            limits[own] = c.code == code_aside ? c.least : no_limit;
         }
+        any_aside = leads_row && c.code == code_aside;
+    };
+    if (warp < count) {
+        if (share.count() <= few_warps)
+            conclude(std::integral_constant<int, 32>());
+        else if (share.count() <= 2 * few_warps)
+            conclude(std::integral_constant<int, 16>());
+        else
+            conclude(std::integral_constant<int, 8>());
     }
-    const int asks = __syncthreads_or(code == code_aside);
+    const int asks = __syncthreads_or(any_aside);
     if (threadIdx.x < blocks && blocks > 1) asked_box.send(asked + rank, threadIdx.x, asks);
     if (starts) asked_box.expect(blocks * 4);  // by now some may have come in
     if (listed > 0) {
-        for (int i = warp; i < listed; i += few_threads / 8) {  // whole warps, as above
+        for (int i = warp; i < listed; i += few_threads / 8) {  // whole warps: shuffles of diverged ones are slow
             const int mine = min(i + lane / 8 * few_warps, listed - 1);
-            const double d = device::exact_distance(a.x.row(first + share.row(candidate_row[mine])),
-                                                    a.codebook.row(candidate[mine]), a.x.columns);
+            const int r = share.row(candidate_row[mine]);
+            const X* const from = has_copy(r) ? copied + r * columns : a.x.row(first + r);
+            const double d = device::exact_distance(from, a.codebook.row(candidate[mine]), a.x.columns);
             if (lane % 8 == 0) distance[mine] = d;
         }
         __syncthreads();
-        if (code == code_listed && leads_row) {
+        if (const int own = static_cast<int>(threadIdx.x); own < count && codes[own] == code_listed) {
             device::exact_choice choice;
-            for (int i = own_first; i < own_first + own_candidates; ++i) choice.consider(distance[i], candidate[i]);
+            for (int i = opened[own].x; i < opened[own].y; ++i) choice.consider(distance[i], candidate[i]);
             codes[own] = choice.code;
         }
         __syncthreads();

@@ -118,16 +118,6 @@ __device__ void consider_words(device::exact_choice& choice, const open_words& w
     __syncwarp();
 }
 
-inline constexpr int line_bytes = 128;
-
-/// Reads ahead from a row, its lines at once, so that loads of its columns do not wait one after the other. By the
-/// eight lanes of a group.
-template <class T>
-__device__ void touch_row(const T* row, std::int64_t columns) {
-    constexpr int lanes = device::exact_lanes, line = line_bytes / static_cast<int>(sizeof(T));
-    for (std::int64_t d = threadIdx.x % lanes * line; d < columns; d += lanes * line) arch::touch(row + d);
-}
-
 /// The SIMT filter's value of each lane's code: the first `here` lanes of a group of eight have one. `least` is
 /// lowered to the least of them. `lanes`: the group's, all of which call this.
 template <class X, class C>
@@ -176,7 +166,7 @@ __device__ void settle_listed(const detail::quantize_args<X, C>& a, const search
     load(number_from(first));
     const int count = count_of();
     const auto touch_next = [&] {  // x is read from DRAM, a step ahead
-        if (number_from(first) < count) touch_row(a.x.row(seen.row(next_own)), a.x.columns);
+        if (number_from(first) < count) arch::touch_all(a.x.row(seen.row(next_own)), a.x.columns, lane % Lanes, Lanes);
     };
     if (Lanes > 1) touch_next();
     while (first < count) {
@@ -218,8 +208,7 @@ __device__ void settle_listed(const detail::quantize_args<X, C>& a, const search
             for (int i = 0; here == Lanes; i += Lanes) {
                 const std::int64_t own = code(reader.listed(i + lane % Lanes));
                 if (own >= 0)  // all of them at once, so that they do not wait for each other
-                    for (std::int64_t d = 0; d < a.x.columns; d += line_bytes / static_cast<int>(sizeof(C)))
-                        arch::touch(a.codebook.row(own) + d);
+                    arch::touch_all(a.codebook.row(own), a.x.columns);
                 if (i == 0) touch_next();
                 here = __popc(__ballot_sync(lanes, own >= 0));
                 const float near = filter_distance(x, a.codebook, a.x.columns, lanes, own, here, least);
