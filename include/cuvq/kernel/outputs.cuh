@@ -219,6 +219,7 @@ __device__ void write_tile(const detail::quantize_args<X, C>& a, const search_ta
                            int step, std::int64_t count, const std::int64_t* codes, double& loss) {
     constexpr int share = (Rows - 1) / (Threads / 32) + 1;  // of a warp
     static_assert(share <= 32, "a warp's lanes hold its rows' codes");
+#pragma unroll 1
     for (int r = static_cast<int>(threadIdx.x); r < count; r += Threads)
         if (codes[r] != row_left_open) write_code(a, tally, first + r * step, codes[r]);
     if (!wants_rows(a, tally)) return;

@@ -225,11 +225,9 @@ __device__ few_conclusion conclude_few(const few_leads& leads, int count, int mo
     return {least, total, total > most ? code_aside : total > 1 ? code_listed : code};
 }
 
-/// Lists the candidates of row `own` from `at` on: those of its `count` leads that reach `least`, and reads ahead from
-/// their rows of the codebook. Whole warp.
-template <class C>
-__device__ void list_few(const few_leads& leads, int count, int least, int own, const matrix_ref<const C>& codebook,
-                         int* candidate, int* candidate_row, int at) {
+/// Lists the candidates of row `own` from `at` on: those of its `count` leads that reach `least`. Whole warp.
+__device__ inline void list_few(const few_leads& leads, int count, int least, int own, int* candidate,
+                                int* candidate_row, int at) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
     for (int from = 0; from < count; from += 32) {
@@ -238,10 +236,9 @@ __device__ void list_few(const few_leads& leads, int count, int least, int own, 
         const auto list = [&](int score, int tile) {
             const unsigned reach = __ballot_sync(0xFFFFFFFFu, score >= least);
             if (score >= least) {
-                const int to = at + __popc(reach & ((1u << lane) - 1)), code = code_of(score, tile, i);
-                candidate[to] = code;
+                const int to = at + __popc(reach & ((1u << lane) - 1));
+                candidate[to] = code_of(score, tile, i);
                 candidate_row[to] = own;
-                arch::touch_all(codebook.row(code), codebook.columns);
             }
             at += __popc(reach);
         };
@@ -420,43 +417,46 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         box.expect(share.count() * (parts - tiles.parts()) * 4 * few_leads::bytes);
     }
     if (threadIdx.x < 4) bounds[threadIdx.x] = 0;
-    __syncthreads();
-    arch::cluster<few_blocks>::arrive_relaxed();  // the barriers are there, fenced above
-    arch::wait_for_predecessor();
-
-    // A warp converts as many rows as it can at once. Loads of the rows come first of all, since all else waits for
-    // them, or takes up what connects the processor to the L2 cache: the tiles of codes. Where one copy can fetch them
-    // it does, which is faster than loads by threads.
+    // A warp converts as many rows as it can at once. The operand's rows behind the last hold anything: their scores
+    // are of no use to anyone.
     constexpr bool is_short = Tile::steps == 1;  // a lane takes a row
-    const bool converts = warp < scored_rows / (is_short ? 32 : split::rows);
-    const int row = is_short ? threadIdx.x : warp * split::rows + lane / split::lanes;
+    constexpr int warp_rows = is_short ? 32 : split::rows;
     const int row_count = static_cast<int>(min(a.x.rows - first, std::int64_t{scored_rows}));
+    const bool converts = warp * warp_rows < row_count;
+    const int row = warp * warp_rows + (is_short ? lane : lane / split::lanes);
     const bool inside = row < row_count, vectors = loads_vectors(a.x);
     const int copied_bytes = min(row_count, shared::copied_rows) * columns * static_cast<int>(sizeof(X));
     const auto* const copied = reinterpret_cast<const X*>(base + shared::copied);
     const bool copies = shared::copied_rows > 0 && a.x.stride == a.x.columns && copied_bytes % 16 == 0 &&
                         reinterpret_cast<std::uintptr_t>(a.x.row(first)) % 16 == 0;
+    const auto has_copy = [&](int row) { return copies && row < shared::copied_rows; };
+    const bool is_copied = has_copy(row);  // the same for all rows of a warp
+    const X* const x = a.x.row(inside ? first + row : 0);
+    const X* const x_copy = copied + (inside ? row : 0) * columns;
+    __syncthreads();
+    arch::cluster<few_blocks>::arrive_relaxed();  // the barriers are there, fenced above
+    arch::wait_for_predecessor();
+
+    // The rows come first of all, since all else waits for them, or takes up what connects the processor to the L2
+    // cache: the tiles of codes. Where one copy can fetch them it does, which is faster than loads by threads.
     if (copies && starts) {
         ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, copied_full, copied_bytes);
         ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, base + shared::copied, a.x.row(first), copied_bytes,
                            copied_full);
     }
     __syncwarp();
-    const auto has_copy = [&](int row) { return copies && row < shared::copied_rows; };
-    const bool is_copied = has_copy(row);  // the same for all rows of a warp
-    const X* x = a.x.row(inside ? first + row : 0);
-    if (is_copied) x = copied + (inside ? row : 0) * columns;
     float4 v[split::parts], centre[split::parts];
-    const auto load_x = [&] {
+    const auto load_x = [&](const X* from) {
 #pragma unroll
-        for (int s = 0; s < split::parts; ++s) v[s] = load_part<Tile::steps>(x, columns, vectors, s);
+        for (int s = 0; s < split::parts; ++s) v[s] = load_part<Tile::steps>(from, columns, vectors, s);
     };
     short_row short_x, short_centre;
+    const float scale = *image.scale;
     if (is_short && converts) {
         short_x.load(x, columns, vectors);
         short_centre.load(image.centre, columns, false);
     } else if (converts && vectors) {
-        if (!is_copied) load_x();
+        if (!is_copied) load_x(x);
 #pragma unroll
         for (int s = 0; s < split::parts; ++s) centre[s] = load_part<Tile::steps>(image.centre, columns, vectors, s);
     }
@@ -468,7 +468,6 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     __syncwarp();
     load_bounds(image, tiles.tiles, bounds, few_threads - 1 - static_cast<int>(threadIdx.x));
     if (converts) {
-        const float scale = *image.scale;
         const auto scaled = [&](const float4& c) {
             return float4{__fmaf_ieee_rn(scale, c.x, 0.0f), __fmaf_ieee_rn(scale, c.y, 0.0f),
                           __fmaf_ieee_rn(scale, c.z, 0.0f), __fmaf_ieee_rn(scale, c.w, 0.0f)};
@@ -486,17 +485,20 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
                 __syncwarp();
             }
             if (vectors) {
-                if (is_copied) load_x();
+                if (is_copied) load_x(x_copy);
 #pragma unroll
                 for (int s = 0; s < split::parts; ++s)
                     operand.put_last(operand.centred(v[s], scale, scaled(centre[s])), factor, columns, s);
             }
             if (!vectors || !operand.fits())
-                factor = operand.template put_all<3>(x, inside, columns, vectors, centre_at, scale, vectors);
+                factor = operand.template put_all<3>(is_copied ? x_copy : x, inside, columns, vectors, centre_at, scale,
+                                                     vectors);
             const row_measure measure = operand.measured(factor);
             if (split::lane() == 0) measures[row] = measure;
         }
         ptx::fence_proxy_async(ptx::space_shared);
+    } else if (row < scored_rows) {
+        measures[row] = {0, 0, 1};
     }
     __syncthreads();
 
@@ -551,9 +553,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
             const int from = __ffs(static_cast<int>(open)) - 1;
             const int r = __shfl_sync(0xFFFFFFFFu, own, from), least = __shfl_sync(0xFFFFFFFFu, c.least, from);
             const int at = __shfl_sync(0xFFFFFFFFu, lane == from ? atomicAdd(&listed, c.total) : 0, from);
-            list_few(leads.from(r * parts * 4), parts * 4, least, r, a.codebook, candidate, candidate_row, at);
+            list_few(leads.from(r * parts * 4), parts * 4, least, r, candidate, candidate_row, at);
             if (lane == from) opened[r] = {at, at + c.total};
-            if (!has_copy(share.row(r))) arch::touch_all(a.x.row(first + share.row(r)), columns, lane, 32);
         }
         if (leads_row) {
             codes[own] = c.code;
@@ -576,8 +577,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         for (int i = warp; i < listed; i += few_threads / 8) {  // whole warps: shuffles of diverged ones are slow
             const int mine = min(i + lane / 8 * few_warps, listed - 1);
             const int r = share.row(candidate_row[mine]);
-            const X* const from = has_copy(r) ? copied + r * columns : a.x.row(first + r);
-            const double d = device::exact_distance(from, a.codebook.row(candidate[mine]), a.x.columns);
+            const double d = device::exact_distance(a.x.row(first + r), a.codebook.row(candidate[mine]), a.x.columns);
             if (lane % 8 == 0) distance[mine] = d;
         }
         __syncthreads();

@@ -255,11 +255,14 @@ __device__ inline void load_bounds(const codebook_image& image, int tiles, int* 
         most[2] = max(most[2], __float_as_int(b.offset));
         most[3] = max(most[3], __float_as_int(b.offset_rest));
     }
+    const int lane = thread % 32;
+    int own = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        most[i] = __reduce_max_sync(0xFFFFFFFFu, most[i]);
-        if (threadIdx.x % 32 == i && most[i] > 0) atomicMax(bounds + i, most[i]);
+        const int all = __reduce_max_sync(0xFFFFFFFFu, most[i]);
+        own = lane == i ? all : own;
     }
+    if (own > 0) atomicMax(bounds + lane, own);
 }
 __device__ inline device::score_bounds as_bounds(const int* bounds) {
     return {__int_as_float(bounds[0]), __int_as_float(bounds[1]), __int_as_float(bounds[2]), __int_as_float(bounds[3])};
