@@ -132,8 +132,9 @@ __device__ inline float sum_of(float a, float b) { return a + b; }
 
 /// In double d64(x, c) of the head comment, in float the SIMT filter's value, for several codes at once, of rows of
 /// `columns` elements in any memory. Called by all eight lanes of a group with the same arguments; every lane gets the
-/// sums. Not finite if an element is not.
-template <class Sum, int Codes, class X, class C>
+/// sums. Not finite if an element is not. `Once`: few instructions, for code that runs once,
+/// and so from a cold cache.
+template <bool Once = false, class Sum, int Codes, class X, class C>
 __device__ void squared_distances(const X* x, const C* const (&codes)[Codes], std::int64_t columns,
                                   Sum (&distances)[Codes]) {
     const unsigned lane = threadIdx.x & 31u, mask = 0xFFu << (lane & 24u);
@@ -153,8 +154,23 @@ __device__ void squared_distances(const X* x, const C* const (&codes)[Codes], st
 #pragma unroll
     for (int k = 0; k < Codes; ++k) aligned = aligned && is_aligned4(codes[k]);
     float4 b[Codes];
-    if (aligned) {  // one branch for all loads, so that they overlap
-#pragma unroll(Codes <= 2 ? 4 : 2)
+    constexpr int ahead = Codes <= 2 ? 4 : 2;
+    if (aligned && Once) {
+#pragma unroll 1
+        for (std::int64_t start = 0; start < columns; start += 4 * exact_lanes * ahead) {
+            float4 a_next[ahead], b_next[ahead][Codes];
+#pragma unroll
+            for (int i = 0; i < ahead; ++i) {
+                const std::int64_t d = start + 4 * exact_lanes * i + first;
+                a_next[i] = d < columns ? load4(x + d) : float4{0, 0, 0, 0};
+#pragma unroll
+                for (int k = 0; k < Codes; ++k) b_next[i][k] = d < columns ? load4(codes[k] + d) : float4{0, 0, 0, 0};
+            }
+#pragma unroll
+            for (int i = 0; i < ahead && start + 4 * exact_lanes * i < columns; ++i) add_four(a_next[i], b_next[i]);
+        }
+    } else if (aligned) {  // one branch for all loads, so that they overlap
+#pragma unroll(ahead)
         for (std::int64_t d = first; d < columns; d += 4 * exact_lanes) {
             const float4 a = load4(x + d);
 #pragma unroll
@@ -175,12 +191,12 @@ __device__ void squared_distances(const X* x, const C* const (&codes)[Codes], st
         for (int k = 0; k < Codes; ++k) distances[k] = sum_of(distances[k], __shfl_xor_sync(mask, distances[k], step));
 }
 
-/// d64(x, c), of one code.
-template <class X, class C>
+/// d64(x, c), of one code. `Once`: as squared_distances.
+template <bool Once = false, class X, class C>
 __device__ double exact_distance(const X* x, const C* code, std::int64_t columns) {
     const C* const codes[1] = {code};
     double distance[1];
-    squared_distances(x, codes, columns, distance);
+    squared_distances<Once>(x, codes, columns, distance);
     return distance[0];
 }
 

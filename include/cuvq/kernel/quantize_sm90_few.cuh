@@ -262,7 +262,9 @@ __device__ void settle_together(const detail::quantize_args<X, C>& a, const few_
     using choice = device::exact_choice;
     static_assert(sizeof(choice) == 16, "few_shared has room for so much");
     constexpr int groups = shared::groups, teams = few_warps / 4;  // of four warps, which take wide rows in turn
-    const int warp = static_cast<int>(threadIdx.x) / 32, team = warp / 4, lane = static_cast<int>(threadIdx.x) % 32;
+    // Kept, lest what follows from it be worked out before it is known whether there are such rows.
+    const int thread = arch::kept(static_cast<int>(threadIdx.x));
+    const int warp = thread / 32, team = warp / 4, lane = thread % 32;
     auto* own_limits = reinterpret_cast<int*>(base + shared::limits);   // (rows of the block)
     auto* limits = reinterpret_cast<int*>(base + shared::all_limits);   // (64)
     auto* masks = reinterpret_cast<unsigned*>(base + shared::masks);    // (groups, 64 rows, 4) a bit for each code
@@ -274,11 +276,11 @@ __device__ void settle_together(const detail::quantize_args<X, C>& a, const few_
         __syncwarp();
         if (lane == 0) own_limits[i] = no_limit;
     }
-    for (int i = threadIdx.x; i < scored_rows * 4; i += few_threads) choices[i] = {};
+    for (int i = thread; i < scored_rows * 4; i += few_threads) choices[i] = {};
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // what used the buffers since were ordinary instructions
     __syncthreads();
     arch::cluster<few_blocks>::sync();
-    if (const int row = static_cast<int>(threadIdx.x); row < scored_rows)
+    if (const int row = thread; row < scored_rows)
         limits[row] = first + row < a.x.rows
                           ? *arch::cluster<few_blocks>::at(own_limits + share.own(row), share.owner(row))
                           : no_limit;
@@ -286,7 +288,7 @@ __device__ void settle_together(const detail::quantize_args<X, C>& a, const few_
     const unsigned low = __ballot_sync(0xFFFFFFFFu, limits[lane] != no_limit);
     const unsigned high = __ballot_sync(0xFFFFFFFFu, limits[lane + 32] != no_limit);
     const unsigned long long wide = static_cast<unsigned long long>(high) << 32 | low;
-    if (threadIdx.x == 0)
+    if (thread == 0)
         for (int j = 0; j < Tile::few_stages && tiles.has(j); ++j) tiles.fetch(j);
     __syncwarp();
     const std::uint32_t row_operand = arch::uniform(arch::operand(base + shared::rows));
@@ -311,7 +313,7 @@ __device__ void settle_together(const detail::quantize_args<X, C>& a, const few_
         }
         __syncthreads();
         // Of each row and tile, eight lanes take eight of the codes.
-        const int octet = static_cast<int>(threadIdx.x) % 128 / 8, q = octet / 4, place0 = octet % 4 * 8;
+        const int octet = thread % 128 / 8, q = octet / 4, place0 = octet % 4 * 8;
         int turn = 0;
         for (unsigned long long left = wide; left != 0; left &= left - 1) {
             if (turn++ % teams != team) continue;
@@ -349,12 +351,12 @@ __device__ void settle_together(const detail::quantize_args<X, C>& a, const few_
             if (from[i].code >= 0) best.consider(from[i].distance, from[i].code);
         return best;
     };
-    if (const int row = static_cast<int>(threadIdx.x); row < scored_rows && wide >> row & 1)
+    if (const int row = thread; row < scored_rows && wide >> row & 1)
         *arch::cluster<few_blocks>::at(found + share.own(row) * share.blocks + share.rank, share.owner(row)) =
             nearest_of(choices + row * 4, 4);
     __syncwarp();
     arch::cluster<few_blocks>::sync();
-    if (const int own = static_cast<int>(threadIdx.x); own < share.count()) {
+    if (const int own = thread; own < share.count()) {
         const bool aside = codes[own] == code_aside, is_wide = wide >> share.row(own) & 1;
         codes[own] = is_wide ? nearest_of(found + own * share.blocks, share.blocks).code : aside ? -1 : row_left_open;
     }
@@ -577,7 +579,8 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
         for (int i = warp; i < listed; i += few_threads / 8) {  // whole warps: shuffles of diverged ones are slow
             const int mine = min(i + lane / 8 * few_warps, listed - 1);
             const int r = share.row(candidate_row[mine]);
-            const double d = device::exact_distance(a.x.row(first + r), a.codebook.row(candidate[mine]), a.x.columns);
+            const double d =
+                device::exact_distance<true>(a.x.row(first + r), a.codebook.row(candidate[mine]), a.x.columns);
             if (lane % 8 == 0) distance[mine] = d;
         }
         __syncthreads();
