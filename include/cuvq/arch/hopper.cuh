@@ -28,20 +28,6 @@ __device__ inline void let_successor_start() {
 #endif
 }
 
-/// Reads the byte at p, so that what lies there is at hand when it is needed.
-__device__ inline void touch(const void* p) {
-    [[maybe_unused]] unsigned ignored;
-    asm volatile("ld.global.u8 %0, [%1];" : "=r"(ignored) : "l"(p));
-}
-
-/// Reads ahead from an array, its lines at once, so that loads of it do not wait one after the other. By one thread of
-/// `threads`, its `thread`-th.
-template <class T>
-__device__ void touch_all(const T* from, std::int64_t count, int thread = 0, int threads = 1) {
-    constexpr int line = 128 / static_cast<int>(sizeof(T));
-    for (std::int64_t i = thread * line; i < count; i += threads * line) touch(from + i);
-}
-
 /// Has the line that p points into brought into the L2 cache, which shows nothing of it.
 __device__ inline void fetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

@@ -45,17 +45,6 @@ struct ema_tally {
     unsigned long long* skipped = nullptr;
 };
 
-/// Reads what the update of code k will, and the row that it writes, which its image is made from. Whole warp.
-template <class T>
-__device__ void touch_code(const state_ref<T>& state, std::int64_t k) {
-    for (std::int64_t d = threadIdx.x % 32; d < state.embed_sum.columns; d += 32) {
-        arch::touch(state.embed_sum.row(k) + d);
-        arch::touch(state.codebook.row(k) + d);
-    }
-    if (threadIdx.x % 32 == 0) arch::touch(&state.cluster_size[k]);
-    if (threadIdx.x % 32 == 1) arch::touch(&state.steps_since_active[k]);
-}
-
 /// All that happens to code k. Whole warp, converged.
 template <class T, class R>
 __device__ void update_code(const detail::ema_args<T, R>& a, const ema_params& p, const device::ema_step& e,
@@ -125,7 +114,6 @@ __global__ __launch_bounds__(Threads) void ema_apply(detail::ema_args<T, R> a, e
         refresh.lead<Threads>(storage, a.counts.size, a.sums.columns, shared_step);
         return;
     }
-    if (first < a.counts.size) touch_code(a.state, first);
     if (total.parts) e.total = total_of(total.parts, total.count);
     __syncthreads();
     e.step = shared_step;
@@ -151,7 +139,7 @@ template <class Tile, class T, class X>
 __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather_sized(
     int block_bits, detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p,
     device::ema_step e, bool vectors, bool checks, double* parts, unsigned long long* invalid_rows) {
-    extern __shared__ __align__(16) char dynamic_shared[];
+    extern __shared__ __align__(128) char dynamic_shared[];
     auto& shared = *reinterpret_cast<gather_storage<Tile>*>(dynamic_shared);
     const auto codes = gather_batch(shared, block_bits, a, source, vectors, checks, false, invalid_rows);
     leave_sizes<Tile::threads>(threadIdx.x / 32, codes.own_count, Tile::threads / 32, parts + blockIdx.x,
@@ -168,7 +156,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
     int block_bits, detail::accumulate_args<X> a, row_source source, detail::ema_args<T, X> update, ema_params p,
     device::ema_step e, bool vectors, bool checks, float* counts, unsigned long long* invalid_rows, ema_tally tally,
     image_refresh refresh) {
-    extern __shared__ __align__(16) char dynamic_shared[];
+    extern __shared__ __align__(128) char dynamic_shared[];
     auto& shared = *reinterpret_cast<gather_storage<Tile>*>(dynamic_shared);
     __shared__ std::int64_t shared_step;
     const unsigned blocks = gridDim.x - (refresh ? Tile::cluster : 0);
@@ -186,11 +174,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
         return;
     }
     const auto codes = gathered_codes::of<Tile>(all_codes, block_bits, refresh ? 1 : 0);
-    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows, [&] {
-        for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32)
-            touch_code(update.state, codes.code(c));
-        if (refresh && threadIdx.x / 32 < codes.own_count) refresh.touch(columns);
-    });
+    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
     e.step = shared_step;
     if (counts && threadIdx.x < codes.own_count) counts[codes.code(threadIdx.x)] = shared.count[threadIdx.x];
     for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {

@@ -106,7 +106,6 @@ __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int count = static_cast<int>(source.count), per_warp = ((count - 1) / (128 * warps) + 1) * 128;
     const int first = warp * per_warp, stop = min(first + per_warp, count);
-    source.touch(first, stop);
     for (int c = lane; c < most_codes; c += 32) shared.place[warp][c] = 0;
     __syncwarp();
     int found = 0;
@@ -284,12 +283,12 @@ __device__ void open_gather(gather_storage<Tile>& shared) {
 
 /// Sums the rows of the block's codes into shared.sum and shared.count, after `open_gather`. `checks`: rows that hold a
 /// NaN or Inf are looked for before summing, since a slice may not see all of a row; where there is one slice, summing
-/// finds them. `invalid_rows`: null, or gets the rows without a code and those not finite added. `touch`: called by
-/// all threads while others are waited for: reads what the caller needs next. Ends with a barrier.
-template <class Tile, class X, class Touch>
+/// finds them. `invalid_rows`: null, or gets the rows without a code and those not finite added. Ends with a
+/// barrier.
+template <class Tile, class X>
 __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
                              const row_source& source, const gathered_codes& codes, bool vectors, bool checks,
-                             unsigned long long* invalid_rows, const Touch& touch) {
+                             unsigned long long* invalid_rows) {
     using blocks = arch::cluster<Tile::cluster>;
     using storage = gather_storage<Tile>;
     constexpr int warps = storage::warps, columns_per_lane = Tile::columns / 32;
@@ -300,7 +299,6 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
     const int2 own = list_rows(shared, source, codes, part, without);
     const unsigned begin = own.x, end = own.x + own.y;
     blocks::wait();  // all have opened their mailboxes
-    touch();
     const int length = checks && own.y > 0 ? drop_bad_rows(shared, a.x, vectors, own.y, left_out) : own.y;
     // i / part by a product: positions and parts are far below 2^16.
     const unsigned inverse = part > 1 ? 0xFFFFFFFFu / part + 1 : 0;
@@ -400,7 +398,7 @@ __device__ gathered_codes gather_batch(gather_storage<Tile>& shared, int block_b
     arch::wait_for_predecessor();
     arch::let_successor_start();
     const auto codes = gathered_codes::of<Tile>(a.sums.rows, block_bits);
-    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows, [] {});
+    gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
     const int columns = static_cast<int>(a.x.columns), stride = gather_stride(columns);
     for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
         const std::int64_t k = codes.code(c);
@@ -416,7 +414,7 @@ template <class Tile, class X>
 __global__ __launch_bounds__(Tile::threads, Tile::blocks) void gather(int block_bits, detail::accumulate_args<X> a,
                                                                       row_source source, bool vectors, bool checks,
                                                                       bool add, unsigned long long* invalid_rows) {
-    extern __shared__ __align__(16) char dynamic_shared[];
+    extern __shared__ __align__(128) char dynamic_shared[];
     auto& shared = *reinterpret_cast<gather_storage<Tile>*>(dynamic_shared);
     gather_batch(shared, block_bits, a, source, vectors, checks, add, invalid_rows);
 }

@@ -9,12 +9,11 @@
 //   update t    the warps that write the sampled rows of codebook t leave them in samples[t % 2], and all measure rows
 //               in frame[t % 2]; one block more makes frame[(t + 1) % 2] of samples[(t + 1) % 2], which update t - 1
 //               left, and copies frame[t % 2] to where the searches look for it.
-// Nobody uses what another writes in the same launch (`touch` reads it, and drops it): samples and frames are written
-// in one slot and read in the other, and the place of the searches is written by one block and read by none. So the
-// image is right, whatever the blocks' order, and even if the caller sets the step counter to another number: any frame
-// is right, and each slot holds one from `prepare` on. What its age costs is time alone: a codebook that leaps out of
-// fp16's range in two updates has bounds of Inf, and rows of x take the full float64 pass, until the frame has caught
-// up two updates later.
+// Nobody reads what another writes in the same launch: samples and frames are written in one slot and read in the
+// other, and the place of the searches is written by one block and read by none. So the image is right, whatever the
+// blocks' order, and even if the caller sets the step counter to another number: any frame is right, and each slot
+// holds one from `prepare` on. What its age costs is time alone: a codebook that leaps out of fp16's range in two
+// updates has bounds of Inf, and rows of x take the full float64 pass, until the frame has caught up two updates later.
 //
 // Bounds: the searches take the maximum over all entries, so what share of the codes an entry is for is free. Update t
 // adds its rows by atomic maxima (their order changes nothing) onto the entries of its parity, one of two for each 32
@@ -148,13 +147,6 @@ struct image_refresh {
     arch::slab_layout layout{};
 
     CUVQ_HOST_DEVICE explicit operator bool() const { return image.rows != nullptr; }
-
-    /// Reads the frames, so that they are at hand for `write_row`. Whole warp.
-    __device__ void touch(std::int64_t columns) const {
-        const std::int64_t floats = 2 * image_trail::stride(columns);
-        for (std::int64_t i = threadIdx.x % 32 * 32; i < floats; i += 32 * 32) arch::touch(trail.centres + i);
-        if (threadIdx.x % 32 == 31) arch::touch(trail.scales);
-    }
 
     /// Code k, as update `step` leaves it. Whole warp, converged; the row was written by this warp, or before.
     template <class T>

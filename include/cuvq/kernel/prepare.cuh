@@ -59,11 +59,6 @@ __global__ __launch_bounds__(Threads, 2) void prepare(matrix_ref<const C> codebo
     __shared__ typename cub::BlockReduce<double, Threads>::TempStorage storage;
     alignas(16) __shared__ float centre[16 * Steps];
     __shared__ float2 shared_scales;
-    {  // this warp's first row, which will be at hand once the frame is
-        const std::int64_t k = std::int64_t{blockIdx.x} * image_part + threadIdx.x / 32;
-        const int d = static_cast<int>(threadIdx.x) % 32 * (32 / static_cast<int>(sizeof(C)));
-        if (k < codebook.rows && d < codebook.columns) arch::touch(codebook.row(k) + d);
-    }
     const bool leads = blockIdx.x == 0;
     const float2 scales = find_first_frame<Threads>(storage, codebook, [&](int d, float c) {
         centre[d] = c;

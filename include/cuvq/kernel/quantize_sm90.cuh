@@ -469,7 +469,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? sm90_shared<Tile>::threads : 32,
                                                    int mask) {
 #if CUVQ_HAS_WGMMA
     using shared = sm90_shared<Tile>;
-    extern __shared__ char dynamic_shared[];
+    extern __shared__ __align__(128) char dynamic_shared[];
     char* base = dynamic_shared + ((1024 - (arch::shared_address(dynamic_shared) & 1023)) & 1023);
     char* codes = base;                                                      // (stages, 128 codes, steps * 16)
     char* rows = base + shared::rows;                                        // (row_buffers, 64 rows, steps * 16)

@@ -188,10 +188,13 @@ struct few_conclusion {
 /// A value of all `Lanes` lanes of a row, from each one's: joined two by two, or of a whole warp at once.
 template <int Lanes, class Two, class Warp>
 __device__ int join_lanes(int v, const Two& two, const Warp& warp) {
-    if (Lanes == 32) return warp(0xFFFFFFFFu, v);
+    if constexpr (Lanes == 32) {
+        return warp(0xFFFFFFFFu, v);
+    } else {
 #pragma unroll
-    for (int step = 1; step < Lanes; step *= 2) v = two(v, __shfl_xor_sync(0xFFFFFFFFu, v, step));
-    return v;
+        for (int step = 1; step < Lanes; step *= 2) v = two(v, __shfl_xor_sync(0xFFFFFFFFu, v, step));
+        return v;
+    }
 }
 
 /// From the `count` leads of the threads that scored a row, four for every warpgroup; a row has at most `most`
@@ -379,7 +382,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     using split = row_split<Tile::steps>;
     constexpr int groups = shared::groups, stages = Tile::few_stages;
     static_assert(stages % groups == 0, "a stage belongs to one warpgroup, which so sees all its phases");
-    extern __shared__ char dynamic_shared[];
+    extern __shared__ __align__(128) char dynamic_shared[];
     char* base = dynamic_shared + ((1024 - (arch::shared_address(dynamic_shared) & 1023)) & 1023);
     char* operands = base;                                                // (stages, 128 codes, steps * 16)
     char* rows = base + shared::rows;                                     // (64 rows, steps * 16)

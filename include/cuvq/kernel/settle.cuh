@@ -165,10 +165,6 @@ __device__ void settle_listed(const detail::quantize_args<X, C>& a, const search
     };
     load(number_from(first));
     const int count = count_of();
-    const auto touch_next = [&] {  // x is read from DRAM, a step ahead
-        if (number_from(first) < count) arch::touch_all(a.x.row(seen.row(next_own)), a.x.columns, lane % Lanes, Lanes);
-    };
-    if (Lanes > 1) touch_next();
     while (first < count) {
         const bool listed = number_from(first) < count;
         const std::int64_t row = listed ? seen.row(next_own) : 0;
@@ -207,9 +203,6 @@ __device__ void settle_listed(const detail::quantize_args<X, C>& a, const search
 #pragma unroll 1
             for (int i = 0; here == Lanes; i += Lanes) {
                 const std::int64_t own = code(reader.listed(i + lane % Lanes));
-                if (own >= 0)  // all of them at once, so that they do not wait for each other
-                    arch::touch_all(a.codebook.row(own), a.x.columns);
-                if (i == 0) touch_next();
                 here = __popc(__ballot_sync(lanes, own >= 0));
                 const float near = filter_distance(x, a.codebook, a.x.columns, lanes, own, here, least);
                 const float limit = device::filter_limit(least, a.x.columns);

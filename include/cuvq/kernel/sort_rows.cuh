@@ -38,14 +38,6 @@ struct row_source {
 
     __device__ std::int64_t size() const { return row_count ? std::int64_t{*row_count} : count; }
 
-    /// Reads the codes of rows begin .. end - 1 of the batch, so that they are at hand for `load`. Whole warp.
-    __device__ void touch(std::int64_t begin, std::int64_t end) const {
-        const int bytes = codes.bytes();
-        const char* from = static_cast<const char*>(codes.data) + first_row * bytes;
-        for (std::int64_t at = begin * bytes + threadIdx.x % 32 * 128; at < end * bytes; at += 32 * 128)
-            arch::touch(from + at);
-    }
-
     /// Rows at, at + 32, ... below `end`; the others are `none`. All loads are under way before the first is used.
     template <int V>
     __device__ void load(std::int64_t at, std::int64_t end, coded_row (&r)[V]) const {
