@@ -971,6 +971,7 @@ TEST_F(QuantizeSmall, ATileOfTheCallersOwnChangesNothing) {
     EXPECT_EQ((same_with_tile<mma_tile<64, 128, 3, false, 1>, 40>(500, 300)), major >= 8);
     const bool few = same_with_tile<sm90_tile<5, 3, 6, 4, 2, 4>, 40>(500, 300);
     EXPECT_EQ((same_with_tile<sm90_tile<5, 3, 6, 4, 2, 4>, 40>(9000, 300)), few);
+    EXPECT_EQ((same_with_tile<sm90_tile<17, 3, 3, 3, 1, 2>, 200>(500, 300)), few);   // one warpgroup scores few rows
     EXPECT_EQ((same_with_tile<sm90_tile<17, 2, 2, 2, 2, 2>, 200>(9000, 300)), few);  // two consumers
     EXPECT_EQ((same_with_tile<sm90_tile<1, 3, 5, 4, 4, 4>, 8>(30000, 100)), few);    // an odd number of row buffers
     EXPECT_FALSE((same_with_tile<sm90_tile<18, 2, 2, 2, 2, 2>, 280>(9000, 100))) << "wider than its kernels serve";
@@ -1419,6 +1420,7 @@ TEST_F(LargeTest, MoreThan2To31PairsOfRowAndCode) {
 }
 
 /// A codebook of so many rows, and rows of x that lie near to some of them.
+template <class Tile = automatic_tile>
 void expect_planted_codes(std::int64_t k, std::int64_t columns) {
     constexpr std::int64_t n = 24;
     const auto elements = static_cast<std::size_t>(k * columns);
@@ -1426,15 +1428,15 @@ void expect_planted_codes(std::int64_t k, std::int64_t columns) {
         GTEST_SKIP() << "too little device memory for " << k << " x " << columns << " floats";
     const auto codebook = pattern_array<float>(k * columns, 3);
     random_source random;
-    const std::int64_t edge = (std::int64_t{1} << 31) / columns;  // where element numbers pass 2^31
+    const std::int64_t edge = std::min((std::int64_t{1} << 31) / columns, k - 2);  // where element numbers pass 2^31
     std::vector<std::int64_t> planted{0, edge - 1, edge, edge + 1, k - 1};
     while (planted.size() < n) planted.push_back(random.integer(0, k - 1));
     const auto x = matrix<float>::generate(n, columns, [&](auto i, auto d) {
         return pattern(3, planted[i] * columns + d) + 0.125f * pattern(7, i * columns + d);
     });
     search_memory<float, float> memory(x, matrix<float>(1, columns));
-    quantize(memory.x.view(), matrix_view<const float>(codebook.data(), k, columns), memory.codes.view(),
-             memory.quantized.view(), memory.distances.view());
+    quantize<Tile>(memory.x.view(), matrix_view<const float>(codebook.data(), k, columns), memory.codes.view(),
+                   memory.quantized.view(), memory.distances.view());
     EXPECT_EQ(signed_codes(memory.codes.download(), k), planted);
     const auto chosen =
         matrix<float>::generate(n, columns, [&](auto i, auto d) { return pattern(3, planted[i] * columns + d); });
@@ -1448,6 +1450,12 @@ TEST_F(LargeTest, MoreThan2To31ElementsOfACodebookOfLongRows) { expect_planted_c
 
 TEST_F(LargeTest, MoreThan2To31ElementsOfACodebookOfManyRows) {
     expect_planted_codes((std::int64_t{1} << 31) / 256 + 1000, 256);
+}
+
+TEST_F(LargeTest, AsManyCodesAsTheLeadsOfFewRowsCanName) {
+    const std::int64_t most = std::int64_t{kernel::few_leads::most_tiles} * kernel::image_tile;
+    for (const std::int64_t k : {most, most + 1}) expect_planted_codes(k, 40);
+    if (dispatch::serves_sm90<sm90_d77, float, float>(most + 1, 40)) expect_planted_codes<sm90_d77>(most + 1, 40);
 }
 
 }  // namespace

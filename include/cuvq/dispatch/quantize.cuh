@@ -70,7 +70,11 @@ void with_sm90_tile(std::int64_t dimensions, Use use) {
 static_assert(kernel::sm90_shared<sm90_d13>::allocated <= 227 * 1024 &&
               kernel::sm90_shared<sm90_d77>::allocated <= 227 * 1024 &&
               kernel::sm90_shared<sm90_d141>::allocated <= 227 * 1024 &&
-              kernel::sm90_shared<sm90_d269>::allocated <= 227 * 1024);
+              kernel::sm90_shared<sm90_d269>::allocated <= 227 * 1024 &&
+              kernel::few_shared<sm90_d13>::allocated <= 227 * 1024 &&
+              kernel::few_shared<sm90_d77>::allocated <= 227 * 1024 &&
+              kernel::few_shared<sm90_d141>::allocated <= 227 * 1024 &&
+              kernel::few_shared<sm90_d269>::allocated <= 227 * 1024);
 
 /// Most blocks of a tensor-core search.
 inline constexpr std::int64_t most_blocks = kernel::most_segments / kernel::finishing_warps;
@@ -147,7 +151,7 @@ struct search_scratch {
             image = take_image(c, s.codes, s.dimensions);
         portable.parts = take_parts(c, s);
         const std::int64_t groups = (s.vectors + kernel::row_results::rows - 1) / kernel::row_results::rows;
-        if (groups < 2 || !has_image(s.codes, s.dimensions)) return;
+        if ((groups < 2 && s.codes <= most_few_codes) || !has_image(s.codes, s.dimensions)) return;
         const std::int64_t rows = groups * kernel::row_results::rows;
         const auto lists = [&](std::int64_t of_group) {
             return std::min<std::int64_t>(groups * of_group, kernel::most_segments);
@@ -270,9 +274,8 @@ bool serves_sm90(std::int64_t codes, std::int64_t dimensions) {
     int device = 0, major = 0;
     CUVQ_CHECK_CUDA(cudaGetDevice(&device));
     CUVQ_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    static_assert(std::int64_t{kernel::few_leads::most_tiles} * kernel::image_tile <= kernel::row_results::most_codes);
-    return major == 9 && device::image_ref::tiles(codes) <= kernel::few_leads::most_tiles &&
-           dimensions <= sm90_d269::dimensions && Tile::steps == image_layout(dimensions).steps &&
+    return major == 9 && codes < kernel::row_results::most_codes && dimensions <= sm90_d269::dimensions &&
+           Tile::steps == image_layout(dimensions).steps &&
            is_compiled(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_threads) &&
            fits_shared(kernel::quantize_sm90_few<Tile, X, C>, kernel::few_shared<Tile>::allocated, device) &&
            fits_shared(kernel::quantize_sm90<Tile, X, C>, kernel::sm90_shared<Tile>::allocated, device);
@@ -294,9 +297,11 @@ std::int64_t quantize_sm90(const detail::quantize_args<X, C>& args, const kernel
         if (own.loss) own.loss += losses;
         losses += quantize_sm90_few<Tile>(slice_of(args, first, rows), own, scratch, exact, some, processors, stream);
     };
-    if (groups <= wave) {
+    static_assert(most_few_codes == std::int64_t{kernel::few_leads::most_tiles} * kernel::image_tile);
+    const bool few_can = args.codebook.rows <= most_few_codes;
+    if (few_can && groups <= wave) {
         few(0, groups);
-    } else if (takes_few_twice(groups, device::image_ref::tiles(args.codebook.rows), processors)) {
+    } else if (few_can && takes_few_twice(groups, device::image_ref::tiles(args.codebook.rows), processors)) {
         few(0, wave);
         few(wave * kernel::row_results::rows, groups - wave);
     } else {

@@ -52,10 +52,13 @@ constexpr bool takes_few_twice(long long groups, long long tiles, int processors
     return tiles >= 64 && 3 * groups <= 4LL * few_waves * processors;
 }
 
+/// So many codes at most, or its leads could not number their tiles.
+inline constexpr long long most_few_codes = 1LL << 23;
+
 /// So few rows of a codebook so large that the blocks of one cluster take longer than all blocks of the portable
 /// search.
 constexpr bool wants_all_blocks(long long rows, long long codes, long long dimensions) {
-    return rows <= 64 && codes >= 49152 && dimensions > sm90_d141::dimensions;
+    return rows <= 64 && (codes > most_few_codes || (codes >= 49152 && dimensions > sm90_d141::dimensions));
 }
 
 /// Blocks of it that a card of so many processors holds at once, in clusters of `cluster`: larger clusters do not

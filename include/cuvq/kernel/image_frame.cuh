@@ -27,7 +27,6 @@
 #include <cuda_runtime.h>
 #include <cub/block/block_reduce.cuh>
 
-#include <cuvq/arch/hopper.cuh>
 #include <cuvq/arch/mma_sm80.cuh>
 #include <cuvq/device/certificate.cuh>
 #include <cuvq/device/image.cuh>

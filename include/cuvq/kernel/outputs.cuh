@@ -64,14 +64,6 @@ __device__ void write_code(const detail::quantize_args<X, C>& a, const search_ta
 /// Stands for the code of a row that is settled, and written, later.
 inline constexpr std::int64_t row_left_open = -2;
 
-/// The codes of `count` <= 32 rows first, first + step, ... by a warp; lane r holds that of the r-th one.
-template <class X, class C>
-__device__ void write_codes(const detail::quantize_args<X, C>& a, const search_tally& tally, std::int64_t first,
-                            int step, int count, std::int64_t code) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (lane < count && code != row_left_open) write_code(a, tally, first + lane * step, code);
-}
-
 /// Sum of squares of four columns, always in the same order.
 __device__ inline float square_of(const float4& x, const float4& c) {
     const float4 e{x.x - c.x, x.y - c.y, x.z - c.z, x.w - c.w};

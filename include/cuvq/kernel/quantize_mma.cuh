@@ -173,7 +173,7 @@ __global__ __launch_bounds__(outputs_threads) void choose_part(const __grid_cons
         __syncwarp();
 #pragma unroll
         for (int step = rows; step < 32; step *= 2) choice.merge(0xFFFFFFFFu, step);
-        write_codes(a, tally, first, 1, count, choice.code);
+        if (lane < count) write_code(a, tally, first + lane, choice.code);
         if (wants_rows(a, tally)) write_rows(a, tally, first, 1, count, choice.code, loss);
     }
     if (tally.loss) write_loss(tally.loss + warp, loss);

@@ -69,7 +69,12 @@ struct few_shared {
     static constexpr int code_bytes = layout::bytes(image_tile), row_bytes = layout::bytes(scored_rows);
     static constexpr int rows = Tile::few_stages * code_bytes;
     static constexpr int leads = rows + row_bytes, most_leads = scored_rows * groups * 4;
-    static constexpr int codes = leads + most_leads * few_leads::bytes;
+    // Over the leads, once all rows are concluded: what the cluster finds of rows that these do not settle.
+    static constexpr int masks = leads, choices = masks + groups * scored_rows * 16;
+    static constexpr int found = choices + scored_rows * 4 * 16;
+    static constexpr int all_limits = found + scored_rows * 16;
+    static constexpr int settling_end = all_limits + scored_rows * 4, leads_end = leads + most_leads * few_leads::bytes;
+    static constexpr int codes = settling_end > leads_end ? settling_end : leads_end;
     // Rows of x as they are: all of them, or of long ones, half. Of short ones none, which threads load as soon.
     static constexpr int copied_rows = Tile::steps == 1 ? 0 : Tile::steps > 9 ? scored_rows / 2 : scored_rows;
     static constexpr int copied = codes + scored_rows * 8;
@@ -86,11 +91,6 @@ struct few_shared {
     // by one; rows with more, or with unknown ones, are the whole cluster's.
     static constexpr int row_room = rows / 16 / scored_rows, row_candidates = row_room < 32 ? row_room : 32;
     static constexpr int most_candidates = scored_rows * row_candidates;
-    // Over the leads, once all rows are concluded: what the cluster finds of rows that these do not settle.
-    static constexpr int masks = leads, choices = masks + groups * scored_rows * 16;
-    static constexpr int found = choices + scored_rows * 4 * 16;
-    static constexpr int all_limits = found + scored_rows * 16;
-    static_assert(all_limits + scored_rows * 4 <= codes, "the leads leave room for all of it");
 };
 
 #if CUVQ_HAS_WGMMA
@@ -411,7 +411,7 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     const int parts = min(tiles.tiles, groups * tiles.blocks), part = tiles.tile(group);
     const few_rows share{static_cast<int>(blocks), rank};
     arch::let_successor_start();
-    const bool starts = threadIdx.x == few_threads - 32;  // a warp that has the least to do
+    const bool starts = threadIdx.x == few_threads - 32;  // of the last warp, which has the fewest rows
     __shared__ int listed;                                // candidates of all open rows of the block
     if (starts) {
         listed = 0;
@@ -512,9 +512,11 @@ __global__ __launch_bounds__(CUVQ_HAS_WGMMA ? few_threads : 32,
     const auto measure = [&] {
         error0 = measures[row0].error(as_bounds(bounds), Tile::steps);
         error1 = measures[row0 + 8].error(as_bounds(bounds), Tile::steps);
-        if (group != 0 || lane % 4 != 0) return;
-        errors[row0] = error0;
-        errors[row0 + 8] = error1;
+        if (group == 0 && lane % 4 == 0) {
+            errors[row0] = error0;
+            errors[row0 + 8] = error1;
+        }
+        __syncwarp();
     };
     if (group < groups && part < tiles.tiles) {
         leaders lead0, lead1;
