@@ -76,8 +76,9 @@ start() {
             began=$SECONDS
             GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard \
                 compute-sanitizer --tool "$1" --error-exitcode 9 "$2" --gtest_filter="$3" >"$run" 2>&1
-            echo $? >"$run.status"
-            echo $((SECONDS - began)) >"$run.seconds"
+            status=$?
+            echo $status >"$run.status"
+            printf '== %s: %s, %d s\n' "${runs[-1]}" "$([ $status -eq 0 ] && echo done || echo failed)" $((SECONDS - began))
         } &
     done
 }
@@ -100,7 +101,6 @@ if command -v compute-sanitizer >/dev/null; then
     wait
     memcheck=0 racecheck=0
     for i in "${!runs[@]}"; do
-        printf '== %s: %s s\n' "${runs[i]}" "$(cat "$logs/$i.seconds")"
         if [ "$(cat "$logs/$i.status")" = 0 ]; then
             n=$(sed -n 's/^\[  PASSED  \] \([0-9]*\) tests\?\.$/\1/p' "$logs/$i")
             case ${runs[i]} in
@@ -108,6 +108,7 @@ if command -v compute-sanitizer >/dev/null; then
             *) racecheck=$((racecheck + ${n:-0})) ;;
             esac
         else
+            printf '== %s\n' "${runs[i]}"
             grep -E '=========|FAILED|Failure' "$logs/$i" | head -n 40
             failed=$((failed + 1))
         fi
