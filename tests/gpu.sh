@@ -62,12 +62,12 @@ done
 # listed TEST FILTER: how many such tests there are.
 listed() { "$1" --gtest_list_tests --gtest_filter="$2" | grep -c '^  '; }
 
-# start TOOL TEST FILTER: runs these tests under a tool of compute-sanitizer, at most sixteen to a run, and as many runs
-# at a time as there are processors, up to sixteen.
+# start TOOL TEST FILTER: runs these tests under a tool of compute-sanitizer, at most eight to a run, and as many runs at
+# a time as there are processors, up to sixteen.
 runs=() most=$(nproc)
 [ "$most" -le 16 ] || most=16
 start() {
-    local shards=$((($(listed "$2" "$3") + 15) / 16)) shard run
+    local shards=$((($(listed "$2" "$3") + 7) / 8)) shard run
     for ((shard = 0; shard < shards; ++shard)); do
         while [ "$(jobs -rp | wc -l)" -ge "$most" ]; do wait -n; done
         run=$logs/${#runs[@]}

@@ -253,12 +253,17 @@ TYPED_TEST(QuantizeMmaTypesSmall, NanAndInfInXAndCodebook) {
     }
 }
 
-TEST_F(QuantizeMmaSmall, DimensionsAroundTheSlabs) {
+void expect_exact_of_dimensions(const std::vector<std::int64_t>& dimensions) {
     random_source random;
-    for (const std::int64_t d : {2,   3,   8,   12,  13,  14,  15,  29,  30,  45,  46,  60,  61,  62,  63,  65,
-                                 77,  78,  93,  94,  110, 125, 126, 127, 128, 129, 141, 142, 189, 253, 254, 255,
-                                 256, 269, 270, 271, 300, 317, 318, 333, 349, 365, 381, 382, 509, 510, 512, 514})
-        expect_exact(random.normals<float>(67, d), random.normals<float>(135, d));
+    for (const std::int64_t d : dimensions) expect_exact(random.normals<float>(67, d), random.normals<float>(135, d));
+}
+
+TEST_F(QuantizeMmaSmall, SomeDimensionsAroundTheSlabs) { expect_exact_of_dimensions({2, 14, 62, 128, 270, 510}); }
+
+TEST_F(QuantizeMmaTest, DimensionsAroundTheSlabs) {
+    expect_exact_of_dimensions({2,   3,   8,   12,  13,  14,  15,  29,  30,  45,  46,  60,  61,  62,  63,  65,
+                                77,  78,  93,  94,  110, 125, 126, 127, 128, 129, 141, 142, 189, 253, 254, 255,
+                                256, 269, 270, 271, 300, 317, 318, 333, 349, 365, 381, 382, 509, 510, 512, 514});
 }
 
 TEST_F(QuantizeMmaTest, ManyDimensions) {
@@ -269,12 +274,18 @@ TEST_F(QuantizeMmaTest, ManyDimensions) {
     }
 }
 
-TEST_F(QuantizeMmaSmall, RowsAndCodesAroundTheEdgesOfTiles) {
+void expect_exact_of_shapes(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& codes) {
     random_source random;
     for (const std::int64_t d : {4, 300})
-        for (const std::int64_t n : {1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257})
-            for (const std::int64_t k : {1, 2, 16, 63, 64, 65, 127, 128, 129, 257})
+        for (const std::int64_t n : rows)
+            for (const std::int64_t k : codes)
                 if (d == 4 || (n * k) % 2 == 1) expect_exact(random.normals<float>(n, d), random.normals<float>(k, d));
+}
+
+TEST_F(QuantizeMmaSmall, SomeRowsAndCodesAroundTheEdgesOfTiles) { expect_exact_of_shapes({1, 64, 129}, {1, 65, 257}); }
+
+TEST_F(QuantizeMmaTest, RowsAndCodesAroundTheEdgesOfTiles) {
+    expect_exact_of_shapes({1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257}, {1, 2, 16, 63, 64, 65, 127, 128, 129, 257});
 }
 
 TEST_F(QuantizeMmaTest, MoreColumnsThanItServesAreRefused) {
@@ -296,11 +307,11 @@ TEST_F(QuantizeMmaTest, TheMostColumns) {
 
 // ---- hard values ----------------------------------------------------------------------------------------------------
 
-TEST_F(QuantizeMmaSmall, CopiesOfRowsAnywhereInTheCodebook) {
+void expect_exact_of_copies(const std::vector<std::int64_t>& codes, const std::vector<int>& numbers) {
     random_source random;
     for (const std::int64_t d : {6, 290})
-        for (const std::int64_t k : {100, 700, 1500})
-            for (const int copies : {2, 3, 4, 5, 9, 20, 90}) {
+        for (const std::int64_t k : codes)
+            for (const int copies : numbers) {
                 auto codebook = random.normals<float>(k, d);
                 const auto row = random.normals<float>(1, d);
                 for (int copy = 0; copy < copies; ++copy) {
@@ -312,6 +323,12 @@ TEST_F(QuantizeMmaSmall, CopiesOfRowsAnywhereInTheCodebook) {
                                  65, d, [&](auto i, auto c) { return row.at(0, c) + 1e-3f * i * random.normal(); }),
                              codebook);
             }
+}
+
+TEST_F(QuantizeMmaSmall, SomeCopiesOfRowsAnywhereInTheCodebook) { expect_exact_of_copies({700}, {3, 20}); }
+
+TEST_F(QuantizeMmaTest, CopiesOfRowsAnywhereInTheCodebook) {
+    expect_exact_of_copies({100, 700, 1500}, {2, 3, 4, 5, 9, 20, 90});
 }
 
 TEST_F(QuantizeMmaSmall, OneRepeatedRow) {
@@ -338,9 +355,9 @@ TEST_F(QuantizeMmaSmall, NearTiesOfOneUlp) {
         }
 }
 
-TEST_F(QuantizeMmaSmall, ACommonOffsetAndOutliers) {
+void expect_exact_of_outliers(const std::vector<std::int64_t>& dimensions) {
     random_source random;
-    for (const std::int64_t d : {3, 32, 300}) {
+    for (const std::int64_t d : dimensions) {
         auto x = random.normals<float>(80, d), codebook = random.normals<float>(150, d);
         for (float& v : x.data) v += 1000;
         for (float& v : codebook.data) v += 1000;
@@ -357,9 +374,13 @@ TEST_F(QuantizeMmaSmall, ACommonOffsetAndOutliers) {
     }
 }
 
-TEST_F(QuantizeMmaSmall, MixedMagnitudesAndSubnormalAndHugeNumbers) {
+TEST_F(QuantizeMmaSmall, ACommonOffsetAndOutliersOfOneWidth) { expect_exact_of_outliers({32}); }
+
+TEST_F(QuantizeMmaTest, ACommonOffsetAndOutliers) { expect_exact_of_outliers({3, 32, 300}); }
+
+void expect_exact_of_magnitudes(const std::vector<std::int64_t>& dimensions) {
     random_source random;
-    for (const std::int64_t d : {1, 4, 33, 290}) {
+    for (const std::int64_t d : dimensions) {
         for (const int span : {3, 20, 100})
             expect_exact(scaled_rows(random, 90, d, -span, span), scaled_rows(random, 140, d, -span, span));
         expect_exact(scaled_rows(random, 70, d, -149, -140), scaled_rows(random, 140, d, -149, -140));
@@ -376,6 +397,10 @@ TEST_F(QuantizeMmaSmall, MixedMagnitudesAndSubnormalAndHugeNumbers) {
         }
     }
 }
+
+TEST_F(QuantizeMmaSmall, MixedMagnitudesOfOneWidth) { expect_exact_of_magnitudes({33}); }
+
+TEST_F(QuantizeMmaTest, MixedMagnitudesAndSubnormalAndHugeNumbers) { expect_exact_of_magnitudes({1, 4, 33, 290}); }
 
 TEST_F(QuantizeMmaSmall, NearestByApproximationIsNotTheNearest) {
     // Codes whose rounding to fp16, or to two halves, reverses their order: x sits between two codes that differ by
