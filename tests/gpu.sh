@@ -6,7 +6,7 @@
 #   tests/gpu.sh [build-dir]     (default: build/test, configured and built only if it holds no tests yet)
 #
 # The last line says what passed; the exit status is 0 only if everything did and no sanitizer found an error.
-# Set GTEST_FILTER to run a part.
+# Set GTEST_FILTER to run a part, JOBS to have fewer sanitized runs at a time, as on a GPU of little memory.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 build=${1:-build/test}
@@ -32,7 +32,7 @@ for test in "${tests[@]}"; do
 done
 
 logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
+trap 'wait; rm -rf "$logs"' EXIT
 log=$logs/log
 passed=0 skipped=0 failed=0
 # Adds up what GoogleTest printed to $log; a program that did not get to its closing lines counts as one failure.
@@ -59,15 +59,21 @@ for test in "${tests[@]}"; do
 done
 [ "$passed" -gt 0 ] || fail "no test ran on a GPU ($skipped skipped, $failed failed)"
 
-# listed TEST FILTER: how many such tests there are.
-listed() { "$1" --gtest_list_tests --gtest_filter="$2" | grep -c '^  '; }
+# listed TEST FILTER: how many such tests there are; fails where the program does.
+listed() {
+    "$1" --gtest_list_tests --gtest_filter="$2" >"$log" || return
+    grep -c '^  ' "$log" || true
+}
 
-# start TOOL TEST FILTER: runs these tests under a tool of compute-sanitizer, at most eight to a run, and as many runs at
-# a time as there are processors, up to sixteen.
+# start TOOL TEST FILTER: runs these tests under a tool of compute-sanitizer, at most eight to a run, and as many runs
+# at a time as there are processors, up to sixteen.
 runs=() most=$(nproc)
 [ "$most" -le 16 ] || most=16
+most=${JOBS:-$most}
 start() {
-    local shards=$((($(listed "$2" "$3") + 7) / 8)) shard run
+    local number shards shard run
+    number=$(listed "$2" "$3") || fail "$2 cannot list its tests"
+    shards=$(((number + 7) / 8))
     for ((shard = 0; shard < shards; ++shard)); do
         while [ "$(jobs -rp | wc -l)" -ge "$most" ]; do wait -n; done
         run=$logs/${#runs[@]}
@@ -92,7 +98,7 @@ if command -v compute-sanitizer >/dev/null; then
         accumulate_test:AccumulateTypesSmall/float.WithBadCodesNanRowsAndBadWeights \
         ema_test:EmaSmall.OddDimensions train_step_test:TrainStepSmall.OddDimensions; do
         test=$build/tests/${name%%:*}
-        [ "$(listed "$test" "${name#*:}")" -gt 0 ] || fail "no test $name"
+        [ "$(listed "$test" "${name#*:}")" != 0 ] || fail "no test $name"
         start racecheck "$test" "${name#*:}"
     done
     while IFS= read -r test; do  # the largest first, which take longest
