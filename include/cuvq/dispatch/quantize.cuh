@@ -16,6 +16,7 @@
 #include <cuvq/device/image.cuh>
 #include <cuvq/dispatch/quantize_mma.cuh>
 #include <cuvq/dispatch/tuning.cuh>
+#include <cuvq/kernel/few_cluster_sm90.cuh>
 #include <cuvq/kernel/prepare.cuh>
 #include <cuvq/kernel/quantize.cuh>
 #include <cuvq/kernel/quantize_sm90.cuh>
