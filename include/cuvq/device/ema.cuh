@@ -70,35 +70,55 @@ __device__ bool ema_blend(const ema_arrays<T, R>& a, const ema_params& p, const 
                           std::int64_t k) {
     const std::int64_t columns = a.sums.columns;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    double divisor = fmaxf(s.size, p.epsilon);
+    float divide = fmaxf(s.size, p.epsilon);
     if (p.rule == ema_rule::laplace) {
         const double correction = p.bias_correction ? 1.0 - pow(p.decay, static_cast<double>(e.step + 1)) : 1.0;
         const double total = e.total / correction, codes = static_cast<double>(a.counts.size);
-        divisor = (s.size / correction + p.epsilon) / (total + codes * p.epsilon) * total * correction;
+        divide =
+            static_cast<float>((s.size / correction + p.epsilon) / (total + codes * p.epsilon) * total * correction);
     }
-    const float divide = static_cast<float>(divisor);
-    const auto sum_of = [&](std::int64_t d) {
-        const float old = a.state.embed_sum.row(k)[d];
-        return s.blend ? ema_mix(e, old, a.sums.row(k)[d]) : old;
+    // The new sums and row, of as many columns as a lane has in registers.
+    constexpr int each = 2;
+    float sum[each];
+    T row[each];
+    const auto blend = [&](std::int64_t from) {
+        float old[each];
+#pragma unroll
+        for (int i = 0; i < each; ++i)
+            old[i] = from + 32 * i < columns ? a.state.embed_sum.row(k)[from + 32 * i] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+            sum[i] = from + 32 * i < columns ? ema_mix(e, old[i], a.sums.row(k)[from + 32 * i]) : 0.0f;
+            row[i] = static_cast<T>(__fdiv_rn(sum[i], divide));
+        }
     };
 
     // Look before writing: a state of nothing but zeros knows no row, so the codebook keeps the one it has; and a row
     // that would not be finite must leave the whole code alone.
     bool zero = s.size == 0, finite = isfinite(s.size);
     if (s.blend) {
-        for (std::int64_t d = lane; d < columns; d += 32) {
-            const float sum = sum_of(d);
-            zero = zero && sum == 0;
-            finite = finite && isfinite(sum) && isfinite(static_cast<float>(static_cast<T>(__fdiv_rn(sum, divide))));
+#pragma unroll 1
+        for (std::int64_t from = lane; from - lane < columns; from += 32 * each) {
+            blend(from);
+#pragma unroll
+            for (int i = 0; i < each; ++i) {
+                zero = zero && sum[i] == 0;
+                finite = finite && isfinite(sum[i]) && isfinite(static_cast<float>(row[i]));
+            }
         }
     }
     const bool refresh = s.blend && !__all_sync(0xFFFFFFFFu, zero);
     if (!s.sound || (refresh && !__all_sync(0xFFFFFFFFu, finite))) return true;
     if (s.blend) {
-        for (std::int64_t d = lane; d < columns; d += 32) {
-            const float sum = sum_of(d);
-            a.state.embed_sum.row(k)[d] = sum;
-            if (refresh) a.state.codebook.row(k)[d] = static_cast<T>(__fdiv_rn(sum, divide));
+#pragma unroll 1
+        for (std::int64_t from = lane; from - lane < columns; from += 32 * each) {
+            if (columns > 32 * each) blend(from);
+#pragma unroll
+            for (int i = 0; i < each; ++i) {
+                if (from + 32 * i >= columns) continue;
+                a.state.embed_sum.row(k)[from + 32 * i] = sum[i];
+                if (refresh) a.state.codebook.row(k)[from + 32 * i] = row[i];
+            }
         }
     }
     if (lane == 0) {

@@ -102,7 +102,7 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void sum_runs(detail::
         if constexpr (Narrow)
             sum_narrow_rows(storage, a, s.first_row, lanes, vectors, own_begin, own_end, left_out, row_at, emit_warp);
         else
-            sum_rows(storage, a, s.first_row, slice, vectors, own_begin, own_end, left_out, row_at, emit_warp);
+            sum_rows<false>(storage, a, s.first_row, slice, vectors, own_begin, own_end, left_out, row_at, emit_warp);
     };
     const int room = Narrow ? Tile::narrow_rows * (32 / lanes) : Tile::rows_per_warp;
     const int most = static_cast<int>(s.run / warps < room ? s.run / warps : room);

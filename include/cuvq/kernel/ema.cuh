@@ -176,9 +176,9 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ema_update_gather
     const auto codes = gathered_codes::of<Tile>(all_codes, block_bits, refresh ? 1 : 0);
     gather_codes(shared, a, source, codes, vectors, checks, invalid_rows);
     e.step = shared_step;
-    if (counts && threadIdx.x < codes.own_count) counts[codes.code(threadIdx.x)] = shared.count[threadIdx.x];
     for (unsigned c = threadIdx.x / 32; c < codes.own_count; c += Tile::threads / 32) {
         const std::int64_t k = codes.code(c);
+        if (counts && threadIdx.x % 32 == 0) counts[k] = shared.count[c];
         update_code(gathered_args(update, shared, c, k), p, e, k, tally);
         if (refresh) refresh.write_row(update.state.codebook, k, e.step);
     }

@@ -32,6 +32,7 @@ struct gather_storage {
     static_assert(Tile::rows <= 1 << 13 && warp_rows <= 1 << 10 && (Tile::cluster > 1 || most_codes <= 8),
                   "an entry holds a code and a row");
     static_assert(most_float_rows == 8, "a byte of bits");
+    static_assert(Tile::most_apart * Tile::most_codes <= Tile::rows / Tile::cluster, "listed holds a block's own rows");
 
     union {
         segment_storage<Tile> segments;
@@ -50,106 +51,109 @@ struct gather_storage {
     typename cub::WarpScan<std::uint32_t>::TempStorage scan[warps];
 };
 
-/// The codes of a cluster, and those of one of its blocks. Cluster c of C has codes c, c + C, c + 2 C, ...: where the
-/// lower codes are the more frequent ones, as in a codebook that was sorted so, clusters still get about as many rows.
+/// The codes of a cluster, and those of one of its blocks. Cluster c of C, a power of two, has codes c, c + C, c + 2 C,
+/// ...: where the lower codes are the more frequent ones, as in a codebook that was sorted so, clusters still get about
+/// as many rows.
 struct gathered_codes {
-    std::uint32_t clusters, cluster;
-    std::uint32_t inverse;    // of clusters: codes are far below 2^16, so products divide
-    int block_bits;           // log2 of the codes of a block
-    unsigned own, own_count;  // of this block: the first, counted within the cluster's, and their number
+    std::uint32_t cluster, mask;   // mask: of what a code and its cluster's number have in common
+    int cluster_bits, block_bits;  // log2 of the clusters, and of the codes of a block
+    unsigned own, own_count;       // of this block: the first, counted within the cluster's, and their number
 
     /// `extra` clusters at the end have no codes.
     template <class Tile>
     static __device__ gathered_codes of(std::int64_t codes, int block_bits, unsigned extra = 0) {
         gathered_codes g;
-        const unsigned rank = blockIdx.x % Tile::cluster;
-        g.clusters = gridDim.x / Tile::cluster - extra;
+        const unsigned rank = blockIdx.x % Tile::cluster, clusters = gridDim.x / Tile::cluster - extra;
         g.cluster = blockIdx.x / Tile::cluster;
-        g.inverse = 0xFFFFFFFFu / g.clusters + 1;
+        g.mask = (clusters - 1) | 1u << 31;  // which `coded_row::none` has, and no code
+        g.cluster_bits = 31 - __clz(static_cast<int>(clusters));
         g.block_bits = block_bits;
-        const unsigned count = (static_cast<unsigned>(codes) - 1 - g.cluster) / g.clusters + 1;
-        const unsigned per_block = 1u << block_bits;
         g.own = rank << block_bits;
-        g.own_count = count <= g.own ? 0 : count - g.own < per_block ? count - g.own : per_block;
+        const int count = ((static_cast<int>(codes) - 1 - static_cast<int>(g.cluster)) >> g.cluster_bits) + 1;
+        g.own_count = min(max(count - static_cast<int>(g.own), 0), 1 << block_bits);
         return g;
     }
     /// Code c of this block.
-    __device__ std::int64_t code(unsigned c) const { return cluster + std::int64_t{own + c} * clusters; }
+    __device__ std::int64_t code(unsigned c) const { return cluster + (std::int64_t{own + c} << cluster_bits); }
+    /// Whether it is one of the cluster's; `coded_row::none` is not.
+    __device__ bool has(std::uint32_t code) const { return (code & mask) == cluster; }
     /// Number of a code within its cluster.
-    __device__ std::uint32_t within(std::uint32_t code) const { return clusters > 1 ? __umulhi(code, inverse) : code; }
+    __device__ std::uint32_t within(std::uint32_t code) const { return code >> cluster_bits; }
 };
 
-/// Element i of an array in registers.
-template <int N>
-__device__ std::uint32_t element(const std::uint32_t (&from)[N], int i) {
-    if constexpr (N == 1) {
-        return from[0];
-    } else {
-        std::uint32_t half[N / 2];
-#pragma unroll
-        for (int j = 0; j < N / 2; ++j) half[j] = i >= N / 2 ? from[j + N / 2] : from[j];
-        return element(half, i >= N / 2 ? i - N / 2 : i);
-    }
-}
-
-__device__ inline unsigned sum_of_bytes(unsigned bytes) { return __dp4a(bytes, 0x01010101u, 0u); }
-
-/// Lists the rows of the cluster's codes: [begin, begin + length) of the list to shared.listed, and shared.start.
-/// `part` gets how many of them a block takes at most. Returns begin and length. Ends with a barrier.
+/// A warp looks through the codes of its rows, from `first` to `stop` - 1: those of the cluster's codes to
+/// shared.found, as many as it returns, and how many each code has to shared.place. `without`, of block 0, gets the
+/// rows without a code added.
 template <class Tile>
-__device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source, const gathered_codes& codes,
-                          unsigned& part, unsigned& without) {
+__device__ int find_rows(gather_storage<Tile>& shared, const row_source& source, const gathered_codes& codes, int first,
+                         int stop, unsigned& without) {
     using storage = gather_storage<Tile>;
-    constexpr int warps = storage::warps, most_codes = storage::most_codes;
-    constexpr int quads = 4, round = 128 * quads;  // rows of a warp at a time: of a lane, so many times four
-    constexpr int many_hits = 6;                   // of a lane: beyond, a look at each code is shorter
+    using entry = typename storage::entry;
+    constexpr int quads = 4, round = 128 * quads;  // rows at a time: of a lane, so many times four
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int count = static_cast<int>(source.count), per_warp = ((count - 1) / (128 * warps) + 1) * 128;
-    const int first = warp * per_warp, stop = min(first + per_warp, count);
-    for (int c = lane; c < most_codes; c += 32) shared.place[warp][c] = 0;
-    __syncwarp();
-    int found = 0;
+    entry* const found = shared.found[warp];
+    int rows = 0;
 #pragma unroll 1
     for (int at = first; at < stop; at += round) {
         std::uint32_t code[4 * quads];
         source.load_quads<quads>(at + 4 * lane, stop, code);
-        unsigned hits = 0, counts = 0;  // a bit each; of each quad, a byte each: at most 128 in the warp
 #pragma unroll
-        for (int i = 0; i < 4 * quads; ++i) {
-            const bool hit = code[i] - codes.within(code[i]) * codes.clusters == codes.cluster;
-            without += code[i] == coded_row::none && at + 4 * lane + i / 4 * 128 + i % 4 < stop;
-            if (hit && code[i] != coded_row::none) hits |= 1u << i;
-        }
+        for (int q = 0; q < quads; ++q) {
+            int to = rows;
 #pragma unroll
-        for (int q = 0; q < quads; ++q) counts |= __popc(hits >> 4 * q & 15u) << 8 * q;
-        std::uint32_t before, all;
-        cub::WarpScan<std::uint32_t>(shared.scan[warp]).ExclusiveSum(counts, before, all);
-        const auto put = [&](int i, std::uint32_t of, int to) {
-            const std::uint32_t within = codes.within(of);
-            const int row = at - first + 4 * lane + 128 * (i / 4) + i % 4;
-            shared.found[warp][to] = static_cast<typename storage::entry>(within << 10 | row);
-            atomicAdd(&shared.place[warp][within], 1u);
-        };
-        const auto place_of = [&](int q) {  // of the lane's first hit in quad q
-            return found + static_cast<int>(sum_of_bytes(all & ((1u << 8 * q) - 1)) + (before >> 8 * q & 255u));
-        };
-        if (__any_sync(0xFFFFFFFFu, __popc(hits) > many_hits)) {  // as where most rows have one code
-#pragma unroll
-            for (int q = 0; q < quads; ++q) {
-                int to = place_of(q);
-#pragma unroll
-                for (int i = 4 * q; i < 4 * q + 4; ++i)
-                    if (hits >> i & 1u) put(i, code[i], to++);
+            for (int i = 0; i < 4; ++i) {
+                const unsigned hits = __ballot_sync(0xFFFFFFFFu, codes.has(code[4 * q + i]));
+                to += __popc(hits & ((1u << lane) - 1));
+                rows += __popc(hits);
             }
-        } else {  // mostly one hit or none
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const std::uint32_t of = code[4 * q + i];
+                const int row = at - first + 4 * lane + 128 * q + i;
+                if (codes.has(of)) found[to++] = static_cast<entry>(codes.within(of) << 10 | row);
+            }
+        }
+        if (blockIdx.x == 0) {
+#pragma unroll
+            for (int i = 0; i < 4 * quads; ++i)
+                without += code[i] == coded_row::none && at + 4 * lane + i / 4 * 128 + i % 4 < stop;
+        }
+    }
+    for (int c = lane; c < storage::most_codes; c += 32) shared.place[warp][c] = 0;
+    __syncwarp();
 #pragma unroll 1
-            for (unsigned left = hits; left != 0; left &= left - 1) {
-                const int i = __ffs(static_cast<int>(left)) - 1, q = i / 4;
-                put(i, element(code, i), place_of(q) + __popc(hits >> 4 * q & ((1u << i % 4) - 1)));
-            }
-        }
-        found += static_cast<int>(sum_of_bytes(all));
-        __syncwarp();  // together again for the next round's shuffles
+    for (int i = lane; i < rows; i += 4 * 32) {
+        unsigned code[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) code[j] = i + 32 * j < rows ? found[i + 32 * j] >> 10 : 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            if (i + 32 * j < rows) atomicAdd(&shared.place[warp][code[j]], 1u);
+    }
+    return rows;
+}
+
+/// A block's part of the list of the cluster's rows: its own codes' rows, or as many as the other blocks take.
+struct list_part {
+    unsigned begin, length, most;  // most: rows of a block
+    bool apart;                    // the block's own codes', each at most Tile::most_apart
+};
+
+/// Lists the rows of the cluster's codes: the block's part of them to shared.listed, and shared.start. Ends with a
+/// barrier.
+template <class Tile>
+__device__ list_part list_rows(gather_storage<Tile>& shared, const row_source& source, const gathered_codes& codes,
+                               unsigned& without) {
+    using storage = gather_storage<Tile>;
+    constexpr int warps = storage::warps, most_codes = storage::most_codes;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int count = static_cast<int>(source.count), per_warp = ((count - 1) / (128 * warps) + 1) * 128;
+    const int first = warp * per_warp, stop = max(first, min(first + per_warp, count));
+    const int found = find_rows(shared, source, codes, first, stop, without);
+    bool alike = false;  // so many that it counts, and all of one code
+    if (found > 64) {
+        __syncwarp();
+        alike = shared.place[warp][shared.found[warp][0] >> 10] == static_cast<unsigned>(found);
     }
     __syncthreads();
     // By code, then by warp: a thread for each code.
@@ -179,46 +183,45 @@ __device__ int2 list_rows(gather_storage<Tile>& shared, const row_source& source
             start += own[w];
         }
     }
-    __syncthreads();
+    list_part part;
+    part.apart = __syncthreads_or(total > Tile::most_apart) == 0;
     const unsigned all = shared.start[most_codes];
-    constexpr unsigned none = 0xFFFFFFFFu;
-    // Rows of the list for each block: whole batches of a warp.
-    part = ((all + Tile::cluster - 1) / Tile::cluster + most_float_rows - 1) / most_float_rows * most_float_rows;
-    const unsigned begin = arch::cluster<Tile::cluster>::rank() * part;
-    const unsigned length = all <= begin ? 0 : min(all - begin, part);
+    if (part.apart) {
+        part.begin = shared.start[codes.own];
+        part.length = part.most = shared.start[codes.own + codes.own_count] - part.begin;
+    } else {  // whole batches of a warp
+        part.most = (all + Tile::cluster * most_float_rows - 1) / (Tile::cluster * most_float_rows) * most_float_rows;
+        part.begin = arch::cluster<Tile::cluster>::rank() * part.most;
+        part.length = all <= part.begin ? 0 : min(all - part.begin, part.most);
+    }
     const auto put_row = [&](unsigned place, unsigned entry) {
-        const unsigned to = place - begin;
-        if (to < length)
+        const unsigned to = place - part.begin;
+        if (to < part.length)
             shared.listed[to] =
                 static_cast<typename storage::entry>(entry >> 10 << storage::row_bits | (first + (entry & 1023u)));
     };
-    unsigned next = lane < found ? shared.found[warp][lane] : none;
-    for (int at = 0; at < found; at += 32) {
-        const unsigned entry = next, code = entry >> 10;
-        next = at + 32 + lane < found ? shared.found[warp][at + 32 + lane] : none;
-        const unsigned leader = __shfl_sync(0xFFFFFFFFu, code, 0);
-        if (__all_sync(0xFFFFFFFFu, code == leader)) {  // as where most rows have one code
-            const unsigned place = shared.place[warp][code];
-            unsigned rows = 32;
-            put_row(place + lane, entry);
-            for (; __all_sync(0xFFFFFFFFu, next >> 10 == leader); rows += 32) {
-                put_row(place + rows + lane, next);
-                at += 32;
-                next = at + 32 + lane < found ? shared.found[warp][at + 32 + lane] : none;
-            }
-            __syncwarp();
-            if (lane == 0) shared.place[warp][code] = place + rows;
-        } else {
+    if (alike) {  // only those of the block's part
+        const unsigned place = shared.place[warp][shared.found[warp][0] >> 10];
+        const int before = static_cast<int>(part.begin) - static_cast<int>(place);
+        const int end = min(before + static_cast<int>(part.length), found);
+        for (int i = max(before, 0) + lane; i < end; i += 32) put_row(place + i, shared.found[warp][i]);
+    } else {
+        constexpr unsigned none = 0xFFFFFFFFu;
+        unsigned next = lane < found ? shared.found[warp][lane] : none;
+#pragma unroll 1
+        for (int at = 0; at < found; at += 32) {
+            const unsigned entry = next, code = entry >> 10;
+            next = at + 32 + lane < found ? shared.found[warp][at + 32 + lane] : none;
             const unsigned peers = __match_any_sync(0xFFFFFFFFu, code);
             const int before = __popc(peers & ((1u << lane) - 1));
             if (entry != none) put_row(shared.place[warp][code] + before, entry);
             __syncwarp();
             if (entry != none && before == 0) shared.place[warp][code] += __popc(peers);
+            __syncwarp();
         }
-        __syncwarp();
     }
     __syncthreads();
-    return {static_cast<int>(begin), static_cast<int>(length)};
+    return part;
 }
 
 /// Takes the rows that hold a NaN or Inf off the block's part of the list; returns how many are left. Whole block.
@@ -281,10 +284,52 @@ __device__ void open_gather(gather_storage<Tile>& shared) {
     arch::cluster<Tile::cluster>::arrive_relaxed();
 }
 
+/// Sums the rows of the block's codes into shared.sum and shared.count, a warp each code: those of `listed` rows of the
+/// list from `begin` on that `drop_bad_rows` has left, `length`. Whole block.
+template <class Tile, class X>
+__device__ void sum_own_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
+                              const gathered_codes& codes, bool vectors, unsigned begin, int listed, int length,
+                              unsigned& left_out) {
+    using storage = gather_storage<Tile>;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int stride = gather_stride(a.x.columns);
+    const auto row_at = [&](std::int64_t i) {
+        const std::uint32_t e = shared.listed[i];
+        return coded_row{e >> storage::row_bits, e & ((1u << storage::row_bits) - 1)};
+    };
+    std::uint32_t* const start = shared.start + codes.own;
+    if (length < listed) {  // those behind the ones dropped have moved up
+        __syncthreads();
+        for (unsigned c = threadIdx.x; c <= codes.own_count; c += Tile::threads) {
+            unsigned before = 0;
+            for (int i = 0; i < length; ++i) before += row_at(i).code < codes.own + c;
+            start[c] = begin + before;
+        }
+        __syncthreads();
+    }
+    const auto no_other = [](std::int64_t, std::uint32_t, const auto&, double) {};  // codes among a warp's rows
+#pragma unroll 1
+    for (unsigned c = warp; c < codes.own_count; c += storage::warps) {
+        const int first = static_cast<int>(start[c] - begin), last = static_cast<int>(start[c + 1] - begin);
+#pragma unroll 1
+        for (int slice = 0; slice < stride; slice += Tile::columns) {
+            if (first < last)
+                sum_rows<false>(shared.segments, a, 0, slice, vectors, first, last, left_out, row_at, no_other);
+            __syncwarp();
+            for (int column = lane; column < min(stride - slice, Tile::columns); column += 32)
+                shared.sum[static_cast<int>(c) * stride + slice + column] =
+                    first < last ? static_cast<float>(shared.segments.sum[warp][0][column]) : 0.0f;
+            if (slice == 0 && lane == 0)
+                shared.count[c] = first < last ? static_cast<float>(shared.segments.count[warp][0]) : 0.0f;
+            __syncwarp();
+        }
+    }
+}
+
 /// Sums the rows of the block's codes into shared.sum and shared.count, after `open_gather`. `checks`: rows that hold a
 /// NaN or Inf are looked for before summing, since a slice may not see all of a row; where there is one slice, summing
-/// finds them. `invalid_rows`: null, or gets the rows without a code and those not finite added. Ends with a
-/// barrier.
+/// finds them. `invalid_rows`: null, or gets the rows without a code and those not finite added. After it a warp may
+/// read what is of codes warp, warp + warps, ... of the block.
 template <class Tile, class X>
 __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
                              const row_source& source, const gathered_codes& codes, bool vectors, bool checks,
@@ -295,11 +340,22 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
     static_assert(columns_per_lane == 4, "a lane sends four sums at once");
     const int lane = static_cast<int>(threadIdx.x) % 32, stride = gather_stride(a.x.columns);
     const unsigned rank = blocks::rank(), own_mask = (1u << codes.block_bits) - 1;
-    unsigned left_out = 0, without = 0, part = 0;
-    const int2 own = list_rows(shared, source, codes, part, without);
-    const unsigned begin = own.x, end = own.x + own.y;
+    unsigned left_out = 0, without = 0;
+    const list_part own = list_rows(shared, source, codes, without);
+    const auto report = [&] {
+        if (!invalid_rows) return;
+        if (blockIdx.x == 0 && without > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(without));
+        if (lane == 0 && left_out > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(left_out));
+    };
     blocks::wait();  // all have opened their mailboxes
-    const int length = checks && own.y > 0 ? drop_bad_rows(shared, a.x, vectors, own.y, left_out) : own.y;
+    const int listed = static_cast<int>(own.length);
+    const int length = checks && listed > 0 ? drop_bad_rows(shared, a.x, vectors, listed, left_out) : listed;
+    if (own.apart) {
+        sum_own_codes(shared, a, codes, vectors, own.begin, listed, length, left_out);
+        report();
+        return;
+    }
+    const unsigned begin = own.begin, end = own.begin + own.length, part = own.most;
     // i / part by a product: positions and parts are far below 2^16.
     const unsigned inverse = part > 1 ? 0xFFFFFFFFu / part + 1 : 0;
     const auto part_of = [&](unsigned i) { return __umulhi(i, inverse); };
@@ -348,13 +404,13 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
             };
             const int own_begin = static_cast<int>(threadIdx.x) / 32 * most, own_end = min(own_begin + most, length);
             if (own_begin < own_end)
-                sum_rows(shared.segments, a, 0, slice, vectors, own_begin, own_end, left_out, row_at, emit_warp);
+                sum_rows<true>(shared.segments, a, 0, slice, vectors, own_begin, own_end, left_out, row_at, emit_warp);
             else
                 shared.segments.leave_none();
             __syncthreads();
             merge_segments(shared.segments, width, add);
         }
-        if (length < own.y) {  // what is expected of codes whose rows are all bad
+        if (length < listed) {  // what is expected of codes whose rows are all bad
             for (unsigned code = 0; code < storage::most_codes; ++code) {
                 if (max(shared.start[code], begin) >= min(shared.start[code + 1], end)) continue;
                 bool has_row = false;
@@ -382,10 +438,7 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
         }
     }
     __syncthreads();
-    if (invalid_rows) {
-        if (blockIdx.x == 0 && without > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(without));
-        if (lane == 0 && left_out > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(left_out));
-    }
+    report();
 }
 
 /// The body of `gather`: also writes what `gather_codes` sums to counts and sums, or `add`s it there. Returns the codes

@@ -116,13 +116,14 @@ struct segment_storage {
 
 /// A warp sums rows begin .. end - 1 of a list, sorted by code: columns slice .. slice + Tile::columns - 1 of each,
 /// segment by segment, in an order that depends on begin and end alone. Leaves the first segment and, if there is
-/// another, the last in `shared`. Whole warp, converged. `begin` < `end`.
+/// another, the last in `shared`. Whole warp, converged. `begin` < `end`. `LongRuns`: many rows of a code are taken
+/// more at a time, for latency's sake.
 ///
 /// @param left_out  of this warp: rows that are not finite, which are not added, get counted.
 /// @param row_at    (i) -> coded_row, of the list.
 /// @param emit_warp (column, code, sum[columns of this lane], count): called where a segment ends that is neither the
 ///                  first nor the last, by all lanes that have a share of it, each with its first column.
-template <class Tile, class X, class RowAt, class EmitWarp>
+template <bool LongRuns, class Tile, class X, class RowAt, class EmitWarp>
 __device__ void sum_rows(segment_storage<Tile>& shared, const detail::accumulate_args<X>& a, std::int64_t first_row,
                          std::int64_t slice, bool vectors, std::int64_t begin, std::int64_t end, unsigned& left_out,
                          const RowAt& row_at, const EmitWarp& emit_warp) {
@@ -178,6 +179,46 @@ __device__ void sum_rows(segment_storage<Tile>& shared, const detail::accumulate
             }
         }
     };
+    // The rows of all lanes, which have the code of the segment: so many loads at a time, and in each two rows, where
+    // half a warp has lanes for one.
+    const auto add_long_run = [&](const coded_row& mine) {
+        constexpr int loads = 2 * batch;
+        const bool halves = columns <= Tile::columns / 2;
+        const int rows = halves ? 2 * loads : loads;
+        const std::int64_t column = halves ? lane % 16 * columns_per_lane : first;
+#pragma unroll 1
+        for (int from = 0; from < 32; from += rows) {
+            const X* row[loads];
+            float value[loads][columns_per_lane];
+#pragma unroll
+            for (int j = 0; j < loads; ++j) {
+                const int i = from + (halves ? 2 * j + lane / 16 : j);
+                row[j] = a.x.row(first_row + __shfl_sync(0xFFFFFFFFu, mine.row, i));
+            }
+            read_rows(value, row, column, columns, true);
+            segment_sum<columns_per_lane> other;
+#pragma unroll
+            for (int j = 0; j < batch; ++j) {
+                device::accumulate_row(segment.part, value[j], 1.0f, columns_per_lane, 0, 1);
+                device::accumulate_row(other.part, value[batch + j], 1.0f, columns_per_lane, 0, 1);
+            }
+#pragma unroll
+            for (int c = 0; c < columns_per_lane; ++c) {
+                if (halves) {
+                    segment.part[c] += __shfl_xor_sync(0xFFFFFFFFu, segment.part[c], 16);
+                    other.part[c] += __shfl_xor_sync(0xFFFFFFFFu, other.part[c], 16);
+                }
+            }
+            if (segment.is_sound() && other.is_sound()) {
+                segment.fold();
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c) segment.sum[c] += other.part[c];
+                segment.count += rows;
+            } else {
+                add_one_by_one(mine, 1.0f, from, from + rows);
+            }
+        }
+    };
     for (std::int64_t at = begin; at < end; at += 32) {
         const coded_row mine = next;
         const bool valid = at + lane < end;
@@ -188,6 +229,10 @@ __device__ void sum_rows(segment_storage<Tile>& shared, const detail::accumulate
         if (lane == 0) before = code;
         const unsigned starts = __ballot_sync(0xFFFFFFFFu, valid && mine.code != before);
         const int here = end - at < 32 ? static_cast<int>(end - at) : 32;
+        if (LongRuns && vectors && starts == 0 && here == 32 && !a.weights) {
+            add_long_run(mine);
+            continue;
+        }
         for (int j0 = 0; j0 < here; j0 += batch) {
             // Beyond `here`, row 0 is read, and not used.
             const X* row[batch];
