@@ -162,6 +162,31 @@ TEST_F(AccumulateTest, ManyRowsWithoutClusters) {
     }
 }
 
+/// Small batches in which one code has about as many rows as a warp takes alone, or so many that all blocks of a
+/// cluster share them, in runs; among them rows that are not finite, and some whose sum passes float's range on the
+/// way.
+TEST_F(AccumulateSmall, CodesOfFewRowsAndOfMany) {
+    random_source random;
+    constexpr std::int64_t k = 37, alone = dispatch::gather_plan::in_clusters::most_apart;
+    for (const std::int64_t d : {3, 64, 67, 200})
+        for (const std::int64_t rows : {alone, alone + 1, 25 * alone}) {
+            SCOPED_TRACE(testing::Message() << rows << " rows, D = " << d);
+            auto codes = codes_t(static_cast<std::size_t>(rows), 7);
+            for (const auto code : random_codes(random, 100, 8, k - 1)) codes.push_back(code);
+            const auto n = static_cast<std::int64_t>(codes.size());
+            auto x = random.normals<float>(n, d);
+            expect_sums(x, codes, k);
+            EXPECT_TRUE(same(accumulated(x, codes, k, {}, awkward), accumulated(x, codes, k)));
+            x(0, d - 1) = x(rows / 2, 0) = x(rows - 1, d / 2) = x(n - 1, 0) = nan;
+            for (std::int64_t i = 1; i < 9; ++i) x(i, 1) = i < 5 ? 3e38f : -3e38f;
+            expect_sums(x, codes, k);
+            EXPECT_TRUE(same(accumulated(x, codes, k, {}, awkward), accumulated(x, codes, k)));
+            for (std::int64_t i = 1; i < 9; ++i) x(i, 1) = 1;
+            for (std::int64_t i = n - 1; i > 0; --i) std::swap(codes[i], codes[random.integer(0, i)]);
+            expect_sums(x, codes, k);
+        }
+}
+
 // ---- element and code types -----------------------------------------------------------------------------------------
 
 template <class T>

@@ -180,7 +180,7 @@ __device__ void sum_rows(segment_storage<Tile>& shared, const detail::accumulate
         }
     };
     // The rows of all lanes, which have the code of the segment: so many loads at a time, and in each two rows, where
-    // half a warp has lanes for one.
+    // half a warp has lanes for one. Rows that are not aligned are added in the same order.
     const auto add_long_run = [&](const coded_row& mine) {
         constexpr int loads = 2 * batch;
         const bool halves = columns <= Tile::columns / 2;
@@ -188,23 +188,36 @@ __device__ void sum_rows(segment_storage<Tile>& shared, const detail::accumulate
         const std::int64_t column = halves ? lane % 16 * columns_per_lane : first;
 #pragma unroll 1
         for (int from = 0; from < 32; from += rows) {
-            const X* row[loads];
-            float value[loads][columns_per_lane];
+            const auto row_of = [&](int load) {
+                const int i = from + (halves ? 2 * load + lane / 16 : load);
+                return a.x.row(first_row + __shfl_sync(0xFFFFFFFFu, mine.row, i));
+            };
+            segment_sum<columns_per_lane> other;  // of the second half of the loads
+            const auto add = [&](const float(&value)[columns_per_lane],
+                                 const float(&value_of_other)[columns_per_lane]) {
+                device::accumulate_row(segment.part, value, 1.0f, columns_per_lane, 0, 1);
+                device::accumulate_row(other.part, value_of_other, 1.0f, columns_per_lane, 0, 1);
+            };
+            if (vectors) {
+                const X* row[loads];
+                float value[loads][columns_per_lane];
 #pragma unroll
-            for (int j = 0; j < loads; ++j) {
-                const int i = from + (halves ? 2 * j + lane / 16 : j);
-                row[j] = a.x.row(first_row + __shfl_sync(0xFFFFFFFFu, mine.row, i));
+                for (int j = 0; j < loads; ++j) row[j] = row_of(j);
+                read_rows(value, row, column, columns, true);
+#pragma unroll
+                for (int j = 0; j < batch; ++j) add(value[j], value[batch + j]);
+            } else {
+#pragma unroll 1
+                for (int j = 0; j < batch; ++j) {
+                    const X* const row[2] = {row_of(j), row_of(batch + j)};
+                    float value[2][columns_per_lane];
+                    read_rows(value, row, column, columns, false);
+                    add(value[0], value[1]);
+                }
             }
-            read_rows(value, row, column, columns, true);
-            segment_sum<columns_per_lane> other;
+            if (halves) {
 #pragma unroll
-            for (int j = 0; j < batch; ++j) {
-                device::accumulate_row(segment.part, value[j], 1.0f, columns_per_lane, 0, 1);
-                device::accumulate_row(other.part, value[batch + j], 1.0f, columns_per_lane, 0, 1);
-            }
-#pragma unroll
-            for (int c = 0; c < columns_per_lane; ++c) {
-                if (halves) {
+                for (int c = 0; c < columns_per_lane; ++c) {
                     segment.part[c] += __shfl_xor_sync(0xFFFFFFFFu, segment.part[c], 16);
                     other.part[c] += __shfl_xor_sync(0xFFFFFFFFu, other.part[c], 16);
                 }
@@ -229,7 +242,7 @@ __device__ void sum_rows(segment_storage<Tile>& shared, const detail::accumulate
         if (lane == 0) before = code;
         const unsigned starts = __ballot_sync(0xFFFFFFFFu, valid && mine.code != before);
         const int here = end - at < 32 ? static_cast<int>(end - at) : 32;
-        if (LongRuns && vectors && starts == 0 && here == 32 && !a.weights) {
+        if (LongRuns && starts == 0 && here == 32 && !a.weights) {
             add_long_run(mine);
             continue;
         }
