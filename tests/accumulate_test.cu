@@ -169,7 +169,7 @@ TEST_F(AccumulateSmall, CodesOfFewRowsAndOfMany) {
     random_source random;
     constexpr std::int64_t k = 37, alone = dispatch::gather_plan::in_clusters::most_apart;
     for (const std::int64_t d : {3, 64, 67, 200})
-        for (const std::int64_t rows : {alone, alone + 1, 25 * alone}) {
+        for (const std::int64_t rows : {alone, alone + 1, 25 * alone, 64 * alone}) {
             SCOPED_TRACE(testing::Message() << rows << " rows, D = " << d);
             auto codes = codes_t(static_cast<std::size_t>(rows), 7);
             for (const auto code : random_codes(random, 100, 8, k - 1)) codes.push_back(code);

@@ -178,10 +178,9 @@ struct gather_plan {
                                 cudaStream_t stream, const Arguments&... arguments) {
         constexpr unsigned cluster = Tile::cluster;
         constexpr std::size_t bytes = sizeof(kernel::gather_storage<Tile>);
-        int bits = Tile::block_bits(sums.rows, sums.columns);
+        const int bits = Tile::block_bits(sums.rows, sums.columns);
         unsigned clusters = 1;  // a power of two, so that a code's is easily told
         while (std::int64_t{clusters * cluster} << bits < sums.rows) clusters *= 2;
-        while (bits > 0 && std::int64_t{clusters * cluster} << (bits - 1) >= sums.rows) --bits;
         const unsigned blocks = (clusters + extra) * cluster;
         detail::allow_shared_bytes(gather, static_cast<int>(bytes));
         if (cluster > 1)

@@ -2,8 +2,9 @@
 //
 // Counts and sums of a small batch in one launch. Each cluster of blocks has a few codes of its own. Each of its blocks
 // looks through the codes of all rows, and so knows where in the list of the cluster's rows, by code and in order, each
-// of them belongs, without a word from the others; it sums an equal part of that list, so that a code with many rows is
-// the work of all blocks of the cluster. Looking through the codes grows with N K, so this is for batches of a few
+// of them belongs, without a word from the others. Where none of the cluster's codes has many rows it sums those of its
+// own codes, a warp each; else an equal part of that list, so that a code with many rows is the work of all blocks of
+// the cluster. Looking through the codes grows with N K, so this is for batches of a few
 // thousand rows.
 #pragma once
 
@@ -55,7 +56,7 @@ struct gather_storage {
 /// ...: where the lower codes are the more frequent ones, as in a codebook that was sorted so, clusters still get about
 /// as many rows.
 struct gathered_codes {
-    std::uint32_t cluster, mask;   // mask: of what a code and its cluster's number have in common
+    std::uint32_t cluster, mask;   // mask: the bits that tell a code's cluster, and the highest
     int cluster_bits, block_bits;  // log2 of the clusters, and of the codes of a block
     unsigned own, own_count;       // of this block: the first, counted within the cluster's, and their number
 
@@ -65,7 +66,7 @@ struct gathered_codes {
         gathered_codes g;
         const unsigned rank = blockIdx.x % Tile::cluster, clusters = gridDim.x / Tile::cluster - extra;
         g.cluster = blockIdx.x / Tile::cluster;
-        g.mask = (clusters - 1) | 1u << 31;  // which `coded_row::none` has, and no code
+        g.mask = (clusters - 1) | 1u << 31;  // so that `coded_row::none` is in no cluster
         g.cluster_bits = 31 - __clz(static_cast<int>(clusters));
         g.block_bits = block_bits;
         g.own = rank << block_bits;
@@ -81,9 +82,9 @@ struct gathered_codes {
     __device__ std::uint32_t within(std::uint32_t code) const { return code >> cluster_bits; }
 };
 
-/// A warp looks through the codes of its rows, from `first` to `stop` - 1: those of the cluster's codes to
-/// shared.found, as many as it returns, and how many each code has to shared.place. `without`, of block 0, gets the
-/// rows without a code added.
+/// A warp looks through the codes of its rows, from `first` to `stop` - 1: it writes those of the cluster's codes to
+/// shared.found, returns their number, and leaves that of each code in shared.place. `without` gets the rows without a
+/// code added, in block 0 alone.
 template <class Tile>
 __device__ int find_rows(gather_storage<Tile>& shared, const row_source& source, const gathered_codes& codes, int first,
                          int stop, unsigned& without) {
@@ -133,10 +134,11 @@ __device__ int find_rows(gather_storage<Tile>& shared, const row_source& source,
     return rows;
 }
 
-/// A block's part of the list of the cluster's rows: its own codes' rows, or as many as the other blocks take.
+/// A block's part of the list of the cluster's rows: if `apart`, as where no code of the cluster has more than
+/// Tile::most_apart, those of its own codes, else as many as the other blocks take.
 struct list_part {
-    unsigned begin, length, most;  // most: rows of a block
-    bool apart;                    // the block's own codes', each at most Tile::most_apart
+    unsigned begin, length, most;  // most: of a block, if not apart
+    bool apart;
 };
 
 /// Lists the rows of the cluster's codes: the block's part of them to shared.listed, and shared.start. Ends with a
@@ -284,8 +286,8 @@ __device__ void open_gather(gather_storage<Tile>& shared) {
     arch::cluster<Tile::cluster>::arrive_relaxed();
 }
 
-/// Sums the rows of the block's codes into shared.sum and shared.count, a warp each code: those of `listed` rows of the
-/// list from `begin` on that `drop_bad_rows` has left, `length`. Whole block.
+/// A warp each sums the rows of the block's codes into shared.sum and shared.count. The block's part of the list began
+/// at `begin` with `listed` rows, of which `drop_bad_rows` has left `length`. Whole block.
 template <class Tile, class X>
 __device__ void sum_own_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
                               const gathered_codes& codes, bool vectors, unsigned begin, int listed, int length,
@@ -307,7 +309,7 @@ __device__ void sum_own_codes(gather_storage<Tile>& shared, const detail::accumu
         }
         __syncthreads();
     }
-    const auto no_other = [](std::int64_t, std::uint32_t, const auto&, double) {};  // codes among a warp's rows
+    const auto no_other = [](std::int64_t, std::uint32_t, const auto&, double) {};  // never called: there is one code
 #pragma unroll 1
     for (unsigned c = warp; c < codes.own_count; c += storage::warps) {
         const int first = static_cast<int>(start[c] - begin), last = static_cast<int>(start[c + 1] - begin);
@@ -328,8 +330,8 @@ __device__ void sum_own_codes(gather_storage<Tile>& shared, const detail::accumu
 
 /// Sums the rows of the block's codes into shared.sum and shared.count, after `open_gather`. `checks`: rows that hold a
 /// NaN or Inf are looked for before summing, since a slice may not see all of a row; where there is one slice, summing
-/// finds them. `invalid_rows`: null, or gets the rows without a code and those not finite added. After it a warp may
-/// read what is of codes warp, warp + warps, ... of the block.
+/// finds them. `invalid_rows`: null, or gets the rows without a code and those not finite added. After it warp w
+/// may read the sums of the block's codes w, w + warps, ...; others need a barrier first.
 template <class Tile, class X>
 __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
                              const row_source& source, const gathered_codes& codes, bool vectors, bool checks,

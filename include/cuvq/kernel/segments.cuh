@@ -19,7 +19,8 @@
 namespace cuvq::kernel {
 
 /// Rows added up in float before they go onto a sum in double: with 2^-24 for each addition, 8 rows are the most that
-/// keep every sum of n rows within 2^-22 sqrt(n) even if all roundings point the same way (equal rows do that).
+/// keep every sum of n rows within 2^-22 sqrt(n) even if all roundings point the same way (equal rows do that). Of a
+/// run of 32 and more, two such sums may be added before they go there.
 inline constexpr int most_float_rows = 8;
 
 /// Whether x can be read by vectors of `Columns` elements.
@@ -115,9 +116,9 @@ struct segment_storage {
 };
 
 /// A warp sums rows begin .. end - 1 of a list, sorted by code: columns slice .. slice + Tile::columns - 1 of each,
-/// segment by segment, in an order that depends on begin and end alone. Leaves the first segment and, if there is
-/// another, the last in `shared`. Whole warp, converged. `begin` < `end`. `LongRuns`: many rows of a code are taken
-/// more at a time, for latency's sake.
+/// segment by segment, in an order that depends on the list, begin, end, D and whether there are weights. Leaves the
+/// first segment and, if there is another, the last in `shared`. Whole warp, converged. `begin` < `end`. `LongRuns`:
+/// many rows of a code are taken more at a time, for latency's sake.
 ///
 /// @param left_out  of this warp: rows that are not finite, which are not added, get counted.
 /// @param row_at    (i) -> coded_row, of the list.
