@@ -95,8 +95,8 @@ CHARTS = (
 
 # How far medians, and with them ratios, are to be trusted.
 NOISE = ("The card rests before each row, since one that has drawn all the power it may for a while lowers its clocks; "
-         "even so, rows of the same work differ by up to about 3 %, some short train steps by 6 %, floors of 1 or 2 µs "
-         "by 14 %: ratios nearer to 1 than that decide nothing.")
+         "even so, rows of the same work differ by up to about 5 %, some short train steps by 6 %, floors of 1 or 2 µs "
+         "by 15 %: ratios nearer to 1 than that decide nothing.")
 
 
 def number(us):

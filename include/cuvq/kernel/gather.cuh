@@ -2,10 +2,9 @@
 //
 // Counts and sums of a small batch in one launch. Each cluster of blocks has a few codes of its own. Each of its blocks
 // looks through the codes of all rows, and so knows where in the list of the cluster's rows, by code and in order, each
-// of them belongs, without a word from the others. Where none of the cluster's codes has many rows it sums those of its
-// own codes, a warp each; else an equal part of that list, so that a code with many rows is the work of all blocks of
-// the cluster. Looking through the codes grows with N K, so this is for batches of a few
-// thousand rows.
+// of them belongs, without a word from the others. Where none of the cluster's codes has many rows, a block sums its
+// own codes, a warp each; else it sums an equal part of that list, so that a code with many rows is the work of all
+// blocks of the cluster. Looking through the codes grows with N K, so this is for batches of a few thousand rows.
 #pragma once
 
 #include <cstdint>
@@ -134,10 +133,10 @@ __device__ int find_rows(gather_storage<Tile>& shared, const row_source& source,
     return rows;
 }
 
-/// A block's part of the list of the cluster's rows: if `apart`, as where no code of the cluster has more than
+/// A block's part of the list of the cluster's rows: if `apart`, which it is where no code of the cluster has more than
 /// Tile::most_apart, those of its own codes, else as many as the other blocks take.
 struct list_part {
-    unsigned begin, length, most;  // most: of a block, if not apart
+    unsigned begin, length, most;  // most: length of a full part, if not apart
     bool apart;
 };
 
@@ -286,8 +285,8 @@ __device__ void open_gather(gather_storage<Tile>& shared) {
     arch::cluster<Tile::cluster>::arrive_relaxed();
 }
 
-/// A warp each sums the rows of the block's codes into shared.sum and shared.count. The block's part of the list began
-/// at `begin` with `listed` rows, of which `drop_bad_rows` has left `length`. Whole block.
+/// Sums the rows of the block's codes, a warp each code, into shared.sum and shared.count. The block's part of the list
+/// begins at `begin` and had `listed` rows, of which `drop_bad_rows` has left `length`. Whole block.
 template <class Tile, class X>
 __device__ void sum_own_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
                               const gathered_codes& codes, bool vectors, unsigned begin, int listed, int length,
@@ -331,7 +330,7 @@ __device__ void sum_own_codes(gather_storage<Tile>& shared, const detail::accumu
 /// Sums the rows of the block's codes into shared.sum and shared.count, after `open_gather`. `checks`: rows that hold a
 /// NaN or Inf are looked for before summing, since a slice may not see all of a row; where there is one slice, summing
 /// finds them. `invalid_rows`: null, or gets the rows without a code and those not finite added. After it warp w
-/// may read the sums of the block's codes w, w + warps, ...; others need a barrier first.
+/// may read the counts and sums of the block's codes w, w + warps, ...; others need a barrier first.
 template <class Tile, class X>
 __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
                              const row_source& source, const gathered_codes& codes, bool vectors, bool checks,

@@ -2,7 +2,7 @@
 //
 // Sums of rows that a list holds sorted by code, segment by segment, a segment being the rows of one code. A warp sums
 // a part of the list, a block puts together what its warps have of a segment; the order of all additions depends on the
-// list alone.
+// list, D and whether there are weights.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ namespace cuvq::kernel {
 
 /// Rows added up in float before they go onto a sum in double: with 2^-24 for each addition, 8 rows are the most that
 /// keep every sum of n rows within 2^-22 sqrt(n) even if all roundings point the same way (equal rows do that). Of a
-/// run of 32 and more, two such sums may be added before they go there.
+/// run of 32 and more, two such sums may be added before they go there: sqrt(n) leaves room for it.
 inline constexpr int most_float_rows = 8;
 
 /// Whether x can be read by vectors of `Columns` elements.
@@ -116,9 +116,9 @@ struct segment_storage {
 };
 
 /// A warp sums rows begin .. end - 1 of a list, sorted by code: columns slice .. slice + Tile::columns - 1 of each,
-/// segment by segment, in an order that depends on the list, begin, end, D and whether there are weights. Leaves the
-/// first segment and, if there is another, the last in `shared`. Whole warp, converged. `begin` < `end`. `LongRuns`:
-/// many rows of a code are taken more at a time, for latency's sake.
+/// segment by segment, in an order that depends on the list, begin, end, D, `LongRuns` and whether there are weights.
+/// Leaves the first segment and, if there is another, the last in `shared`. Whole warp, converged. `begin` < `end`.
+/// `LongRuns`: many rows of a code are taken more at a time, for latency's sake.
 ///
 /// @param left_out  of this warp: rows that are not finite, which are not added, get counted.
 /// @param row_at    (i) -> coded_row, of the list.
