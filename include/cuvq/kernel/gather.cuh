@@ -49,6 +49,12 @@ struct gather_storage {
     std::uint32_t start[most_codes + 1];            // list position of a code's first row
     std::uint32_t ordered[(most_codes + 31) / 32];  // rows of the codes that each ordering warp takes
     typename cub::WarpScan<std::uint32_t>::TempStorage scan[warps];
+
+    /// Row i of the block's part of the list.
+    __device__ coded_row row(std::int64_t i) const {
+        const std::uint32_t e = listed[i];
+        return {e >> row_bits, e & ((1u << row_bits) - 1)};
+    }
 };
 
 /// The codes of a cluster, and those of one of its blocks. Cluster c of C, a power of two, has codes c, c + C, c + 2 C,
@@ -294,16 +300,13 @@ __device__ void sum_own_codes(gather_storage<Tile>& shared, const detail::accumu
     using storage = gather_storage<Tile>;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int stride = gather_stride(a.x.columns);
-    const auto row_at = [&](std::int64_t i) {
-        const std::uint32_t e = shared.listed[i];
-        return coded_row{e >> storage::row_bits, e & ((1u << storage::row_bits) - 1)};
-    };
+    const auto row_at = [&](std::int64_t i) { return shared.row(i); };
     std::uint32_t* const start = shared.start + codes.own;
     if (length < listed) {  // those behind the ones dropped have moved up
         __syncthreads();
         for (unsigned c = threadIdx.x; c <= codes.own_count; c += Tile::threads) {
             unsigned before = 0;
-            for (int i = 0; i < length; ++i) before += row_at(i).code < codes.own + c;
+            for (int i = 0; i < length; ++i) before += shared.row(i).code < codes.own + c;
             start[c] = begin + before;
         }
         __syncthreads();
@@ -312,16 +315,17 @@ __device__ void sum_own_codes(gather_storage<Tile>& shared, const detail::accumu
 #pragma unroll 1
     for (unsigned c = warp; c < codes.own_count; c += storage::warps) {
         const int first = static_cast<int>(start[c] - begin), last = static_cast<int>(start[c + 1] - begin);
+        const bool has_rows = first < last;
 #pragma unroll 1
         for (int slice = 0; slice < stride; slice += Tile::columns) {
-            if (first < last)
+            if (has_rows)
                 sum_rows<false>(shared.segments, a, 0, slice, vectors, first, last, left_out, row_at, no_other);
             __syncwarp();
             for (int column = lane; column < min(stride - slice, Tile::columns); column += 32)
                 shared.sum[static_cast<int>(c) * stride + slice + column] =
-                    first < last ? static_cast<float>(shared.segments.sum[warp][0][column]) : 0.0f;
+                    has_rows ? static_cast<float>(shared.segments.sum[warp][0][column]) : 0.0f;
             if (slice == 0 && lane == 0)
-                shared.count[c] = first < last ? static_cast<float>(shared.segments.count[warp][0]) : 0.0f;
+                shared.count[c] = has_rows ? static_cast<float>(shared.segments.count[warp][0]) : 0.0f;
             __syncwarp();
         }
     }
@@ -390,10 +394,7 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
             }
         };
         if (length > 0) {
-            const auto row_at = [&](std::int64_t i) {
-                const std::uint32_t e = shared.listed[i];
-                return coded_row{e >> storage::row_bits, e & ((1u << storage::row_bits) - 1)};
-            };
+            const auto row_at = [&](std::int64_t i) { return shared.row(i); };
             const auto emit_warp = [&](std::int64_t first, std::uint32_t code, const double(&sum)[columns_per_lane],
                                        double weights) {
                 const unsigned owner = code >> codes.block_bits;
@@ -416,7 +417,7 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
                 if (max(shared.start[code], begin) >= min(shared.start[code + 1], end)) continue;
                 bool has_row = false;
                 for (int i = static_cast<int>(threadIdx.x); i < length; i += Tile::threads)
-                    has_row = has_row || static_cast<unsigned>(shared.listed[i]) >> storage::row_bits == code;
+                    has_row = has_row || shared.row(i).code == code;
                 if (!__syncthreads_or(has_row)) add({code}, static_cast<int>(threadIdx.x));
             }
         }
