@@ -167,7 +167,7 @@ TEST_F(AccumulateTest, ManyRowsWithoutClusters) {
 /// way.
 TEST_F(AccumulateSmall, CodesOfFewRowsAndOfMany) {
     random_source random;
-    constexpr std::int64_t k = 37, alone = dispatch::gather_plan::in_clusters::most_apart;
+    constexpr std::int64_t k = 37, alone = dispatch::gather_plan::in_clusters::most_own_rows;
     for (const std::int64_t d : {3, 64, 67, 200})
         for (const std::int64_t rows : {alone, alone + 1, 25 * alone, 64 * alone}) {
             SCOPED_TRACE(testing::Message() << rows << " rows, D = " << d);
@@ -185,6 +185,33 @@ TEST_F(AccumulateSmall, CodesOfFewRowsAndOfMany) {
             for (std::int64_t i = n - 1; i > 0; --i) std::swap(codes[i], codes[random.integer(0, i)]);
             expect_sums(x, codes, k);
         }
+}
+
+/// Blocks of several codes, of some of which a warp sums the rows and of others the cluster, in slices of the columns;
+/// a code of each kind has no finite row, another few.
+TEST_F(AccumulateSmall, CodesOfFewRowsAndOfManyInBlocksOfSeveral) {
+    random_source random;
+    constexpr std::int64_t alone = dispatch::gather_plan::in_clusters::most_own_rows;
+    for (const auto& [k, d] :
+         std::vector<std::array<std::int64_t, 2>>{{1100, 200}, {1100, 64}, {1024, 128}, {300, 259}}) {
+        SCOPED_TRACE(testing::Message() << "K = " << k << ", D = " << d);
+        auto codes = random_codes(random, 1500, 0, k - 1);
+        for (const std::int64_t code : {3, 11, 19, 130, 131, 132, 299})
+            for (std::int64_t i = 0; i < alone - 3 + code % 5; ++i) codes.push_back(code);
+        for (const std::int64_t code : {16, 17, 271}) codes.resize(codes.size() + 9 * alone, code);
+        for (std::size_t i = codes.size() - 1; i > 0; --i)
+            std::swap(codes[i], codes[random.integer(0, static_cast<std::int64_t>(i))]);
+        const auto n = static_cast<std::int64_t>(codes.size());
+        auto x = random.normals<float>(n, d);
+        expect_sums(x, codes, k);
+        const auto weights = random_weights(random, n);
+        expect_sums(x, codes, k, weights);
+        for (std::int64_t i = 0; i < n; ++i)
+            if (codes[i] == 3 || codes[i] == 16 || ((codes[i] == 11 || codes[i] == 17) && i % 7 != 0))
+                x(i, random.integer(0, d - 1)) = i % 2 == 0 ? nan : inf;
+        EXPECT_TRUE(same(expect_sums(x, codes, k, {}, awkward), accumulated(x, codes, k)));
+        EXPECT_TRUE(same(expect_sums(x, codes, k, weights, awkward), accumulated(x, codes, k, weights)));
+    }
 }
 
 // ---- element and code types -----------------------------------------------------------------------------------------

@@ -182,8 +182,8 @@ struct gather_tile {
     static constexpr int rows = 8192;
     static constexpr int most_codes = Cluster > 1 ? 16 : 8;
     static constexpr int most_sums = 256 * most_codes;
-    /// A code with no more rows is summed by a warp alone, if that is so for all codes of its cluster.
-    static constexpr int most_apart = 32;
+    /// A warp alone sums a code of no more rows; all blocks of a cluster those of more.
+    static constexpr int most_own_rows = 32;
 
     /// Log2 of the codes of a block: few enough that all multiprocessors of a large card have a block.
     static constexpr int block_bits(long long codes, long long dimensions) {

@@ -2,15 +2,17 @@
 //
 // Counts and sums of a small batch in one launch. Each cluster of blocks has a few codes of its own. Each of its blocks
 // looks through the codes of all rows, and so knows where in the list of the cluster's rows, by code and in order, each
-// of them belongs, without a word from the others. Where none of the cluster's codes has many rows, a block sums its
-// own codes, a warp each; else it sums an equal part of that list, so that a code with many rows is the work of all
-// blocks of the cluster. Looking through the codes grows with N K, so this is for batches of a few thousand rows.
+// of them belongs, without a word from the others. Its codes of few rows a block sums alone, a warp each. The rows of
+// all others of the cluster are a list of their own, of which each block sums an equal part, and sends what it has of a
+// code to the block whose code it is. Looking through the codes grows with N K, so this is for batches of a few
+// thousand rows.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include <cuda_runtime.h>
+#include <cub/warp/warp_reduce.cuh>
 #include <cub/warp/warp_scan.cuh>
 
 #include <cuvq/arch/hopper.cuh>
@@ -20,6 +22,11 @@
 #include <cuvq/views.hpp>
 
 namespace cuvq::kernel {
+
+/// Rows begin .. end - 1 of a list.
+struct list_range {
+    unsigned begin, end;
+};
 
 /// Dynamic shared memory of `gather_codes`. Codes are counted within those of the cluster.
 template <class Tile>
@@ -31,8 +38,8 @@ struct gather_storage {
     using entry = std::conditional_t<(Tile::cluster > 1), std::uint32_t, std::uint16_t>;
     static_assert(Tile::rows <= 1 << 13 && warp_rows <= 1 << 10 && (Tile::cluster > 1 || most_codes <= 8),
                   "an entry holds a code and a row");
-    static_assert(most_float_rows == 8, "a byte of bits");
-    static_assert(Tile::most_apart * Tile::most_codes <= Tile::rows / Tile::cluster, "listed holds a block's own rows");
+    static constexpr int most_own = Tile::most_codes * Tile::most_own_rows;  // rows that the block sums alone
+    static_assert(Tile::rows < 1 << 15, "a place has a bit for the list");
 
     union {
         segment_storage<Tile> segments;
@@ -41,16 +48,19 @@ struct gather_storage {
     alignas(16) float sum[Tile::most_sums];            // [codes of the block][stride]
     float count[Tile::most_codes];                     // [codes of the block] of weights
     double part_sum[Tile::cluster][2][Tile::columns];  // sent by each block: of the first and the last code of its part
-    double part_count[Tile::cluster][2];               // of the list, where others have rows of them too
+    double part_count[Tile::cluster][2];               // of the shared list, where others have rows of them too
     arch::mailbox<Tile::cluster> box;                  // of these four
-    entry listed[Tile::rows / Tile::cluster];          // the block's part of the list: code << row_bits | row
-    std::uint8_t bad[Tile::rows / Tile::cluster / most_float_rows];  // of the list, a bit each
-    std::uint32_t place[warps][most_codes];         // rows that a warp has found; then their place in the list
-    std::uint32_t start[most_codes + 1];            // list position of a code's first row
-    std::uint32_t ordered[(most_codes + 31) / 32];  // rows of the codes that each ordering warp takes
+    entry listed[most_own + Tile::rows / Tile::cluster];  // the block's own rows; its part of the shared: code, row
+    std::uint32_t place[warps][most_codes];               // rows that a warp has found; then their place in a list
+    std::uint32_t start[most_codes + 1];            // of a code's first row: in the own lists, << 16 in the shared
+    std::uint32_t ordered[(most_codes + 31) / 32];  // rows of the codes that each ordering warp takes, likewise
     typename cub::WarpScan<std::uint32_t>::TempStorage scan[warps];
+    typename cub::WarpReduce<unsigned>::TempStorage reduce;
 
-    /// Row i of the block's part of the list.
+    /// Where the rows of a code are in the own lists of the cluster's blocks, or in its shared list.
+    __device__ list_range own_rows(unsigned code) const { return {start[code] & 0xFFFFu, start[code + 1] & 0xFFFFu}; }
+    __device__ list_range shared_rows(unsigned code) const { return {start[code] >> 16, start[code + 1] >> 16}; }
+    /// Row i of what the block has listed.
     __device__ coded_row row(std::int64_t i) const {
         const std::uint32_t e = listed[i];
         return {e >> row_bits, e & ((1u << row_bits) - 1)};
@@ -139,25 +149,23 @@ __device__ int find_rows(gather_storage<Tile>& shared, const row_source& source,
     return rows;
 }
 
-/// A block's part of the list of the cluster's rows: if `apart`, which it is where no code of the cluster has more than
-/// Tile::most_apart, those of its own codes, else as many as the other blocks take.
-struct list_part {
-    unsigned begin, length, most;  // most: length of a full part, if not apart
-    bool apart;
+/// What a block has listed: its own rows, which begin at `own` in the own lists of its cluster, and rows begin .. end -
+/// 1 of the shared list, of `most` rows but in the last part that has some. `all`: rows of the shared list.
+struct listed_rows {
+    unsigned own, begin, end, most, all;
 };
 
-/// Lists the rows of the cluster's codes: the block's part of them to shared.listed, and shared.start. Ends with a
-/// barrier.
+/// Lists the rows of the cluster's codes: those of the block to shared.listed, and shared.start. Ends with a barrier.
 template <class Tile>
-__device__ list_part list_rows(gather_storage<Tile>& shared, const row_source& source, const gathered_codes& codes,
-                               unsigned& without) {
+__device__ listed_rows list_rows(gather_storage<Tile>& shared, const row_source& source, const gathered_codes& codes,
+                                 unsigned& without) {
     using storage = gather_storage<Tile>;
     constexpr int warps = storage::warps, most_codes = storage::most_codes;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int count = static_cast<int>(source.count), per_warp = ((count - 1) / (128 * warps) + 1) * 128;
     const int first = warp * per_warp, stop = max(first, min(first + per_warp, count));
     const int found = find_rows(shared, source, codes, first, stop, without);
-    bool alike = false;  // so many that it counts, and all of one code
+    bool alike = false;  // so many that it counts, and all of one code, which is shared
     if (found > 64) {
         __syncwarp();
         alike = shared.place[warp][shared.found[warp][0] >> 10] == static_cast<unsigned>(found);
@@ -166,6 +174,7 @@ __device__ list_part list_rows(gather_storage<Tile>& shared, const row_source& s
     // By code, then by warp: a thread for each code.
     constexpr int ordering = (most_codes + 31) / 32;  // warps
     const int code = static_cast<int>(threadIdx.x);
+    constexpr std::uint32_t is_shared = 1 << 15;  // on a place
     std::uint32_t own[warps], total = 0, start = 0;
     if (warp < ordering) {
 #pragma unroll
@@ -173,6 +182,7 @@ __device__ list_part list_rows(gather_storage<Tile>& shared, const row_source& s
             own[w] = code < most_codes ? shared.place[w][code] : 0;
             total += own[w];
         }
+        if (total > Tile::most_own_rows) total <<= 16;
         std::uint32_t all;
         cub::WarpScan<std::uint32_t>(shared.scan[warp]).ExclusiveSum(total, start, all);
         if (lane == 0) shared.ordered[warp] = all;
@@ -184,33 +194,33 @@ __device__ list_part list_rows(gather_storage<Tile>& shared, const row_source& s
             if (w < warp) start += shared.ordered[w];
         shared.start[code] = start;
         if (code == most_codes - 1) shared.start[most_codes] = start + total;
+        std::uint32_t place = total >> 16 != 0 ? start >> 16 | is_shared : start & 0xFFFFu;
 #pragma unroll
         for (int w = 0; w < warps; ++w) {
-            shared.place[w][code] = start;
-            start += own[w];
+            shared.place[w][code] = place;
+            place += own[w];
         }
     }
-    list_part part;
-    part.apart = __syncthreads_or(total > Tile::most_apart) == 0;
-    const unsigned all = shared.start[most_codes];
-    if (part.apart) {
-        part.begin = shared.start[codes.own];
-        part.length = part.most = shared.start[codes.own + codes.own_count] - part.begin;
-    } else {  // whole batches of a warp
-        part.most = (all + Tile::cluster * most_float_rows - 1) / (Tile::cluster * most_float_rows) * most_float_rows;
-        part.begin = arch::cluster<Tile::cluster>::rank() * part.most;
-        part.length = all <= part.begin ? 0 : min(all - part.begin, part.most);
-    }
+    __syncthreads();
+    listed_rows list;
+    list.own = shared.own_rows(codes.own).begin;
+    const unsigned own_count = shared.own_rows(codes.own + codes.own_count).begin - list.own;
+    list.all = shared.start[most_codes] >> 16;
+    list.most =  // whole batches of a warp
+        (list.all + Tile::cluster * most_float_rows - 1) / (Tile::cluster * most_float_rows) * most_float_rows;
+    list.begin = min(arch::cluster<Tile::cluster>::rank() * list.most, list.all);
+    list.end = min(list.begin + list.most, list.all);
     const auto put_row = [&](unsigned place, unsigned entry) {
-        const unsigned to = place - part.begin;
-        if (to < part.length)
-            shared.listed[to] =
+        const bool shares = (place & is_shared) != 0;
+        const unsigned to = place - (shares ? list.begin | is_shared : list.own);
+        if (to < (shares ? list.end - list.begin : own_count))
+            shared.listed[shares ? storage::most_own + to : to] =
                 static_cast<typename storage::entry>(entry >> 10 << storage::row_bits | (first + (entry & 1023u)));
     };
     if (alike) {  // only those of the block's part
         const unsigned place = shared.place[warp][shared.found[warp][0] >> 10];
-        const int before = static_cast<int>(part.begin) - static_cast<int>(place);
-        const int end = min(before + static_cast<int>(part.length), found);
+        const int before = static_cast<int>(list.begin | is_shared) - static_cast<int>(place);
+        const int end = min(before + static_cast<int>(list.end - list.begin), found);
         for (int i = max(before, 0) + lane; i < end; i += 32) put_row(place + i, shared.found[warp][i]);
     } else {
         constexpr unsigned none = 0xFFFFFFFFu;
@@ -228,22 +238,22 @@ __device__ list_part list_rows(gather_storage<Tile>& shared, const row_source& s
         }
     }
     __syncthreads();
-    return part;
+    return list;
 }
 
-/// Takes the rows that hold a NaN or Inf off the block's part of the list; returns how many are left. Whole block.
+/// Takes the rows that hold a NaN or Inf off rows begin .. end - 1 of what the block has listed; returns the new end.
+/// Whole warp.
 template <class Tile, class X>
-__device__ int drop_bad_rows(gather_storage<Tile>& shared, const matrix_ref<const X>& x, bool vectors, int length,
-                             unsigned& left_out) {
-    using storage = gather_storage<Tile>;
+__device__ int drop_bad_rows(gather_storage<Tile>& shared, const matrix_ref<const X>& x, bool vectors, int begin,
+                             int end, unsigned& left_out) {
     constexpr int batch = most_float_rows, columns_per_lane = Tile::columns / 32;
-    constexpr unsigned row_mask = (1u << storage::row_bits) - 1;
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    unsigned dropped = 0;
-    for (int i = warp * batch; i < length; i += storage::warps * batch) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    int kept = begin;
+    for (int at = begin; at < end; at += batch) {
+        const int in_batch = min(end - at, batch);
         const X* row[batch];
 #pragma unroll
-        for (int j = 0; j < batch; ++j) row[j] = x.row(shared.listed[min(i + j, length - 1)] & row_mask);
+        for (int j = 0; j < batch; ++j) row[j] = x.row(shared.row(min(at + j, end - 1)).row);
         float probe[batch] = {};  // NaN as soon as an element is NaN or Inf
         for (std::int64_t d = lane * columns_per_lane; d - lane * columns_per_lane < x.columns; d += Tile::columns) {
             float value[batch][columns_per_lane];
@@ -253,31 +263,19 @@ __device__ int drop_bad_rows(gather_storage<Tile>& shared, const matrix_ref<cons
 #pragma unroll
                 for (int c = 0; c < columns_per_lane; ++c) probe[j] = __fmaf_rn(value[j][c], 0.0f, probe[j]);
         }
-        unsigned bad = 0;
+        unsigned good = 0;
 #pragma unroll
         for (int j = 0; j < batch; ++j)
-            if (!__all_sync(0xFFFFFFFFu, probe[j] == 0) && i + j < length) bad |= 1u << j;
-        if (lane == 0) shared.bad[i / batch] = static_cast<std::uint8_t>(bad);
-        dropped += __popc(bad);
+            if (__all_sync(0xFFFFFFFFu, probe[j] == 0)) good |= 1u << j;
+        good &= (1u << in_batch) - 1;
+        const auto entry = shared.listed[at + min(lane, in_batch - 1)];
+        __syncwarp();  // all have read
+        if (good >> lane & 1) shared.listed[kept + __popc(good & ((1u << lane) - 1))] = entry;
+        __syncwarp();
+        kept += __popc(good);
+        left_out += in_batch - __popc(good);
     }
-    left_out += dropped;
-    if (!__syncthreads_or(dropped > 0)) return length;
-    int kept = 0;
-    if (warp == 0) {
-        for (int at = 0; at < length; at += 32) {
-            const int i = at + lane;
-            const bool keep = i < length && !(shared.bad[i / batch] >> i % batch & 1);
-            const typename storage::entry e = keep ? shared.listed[i] : typename storage::entry{0};
-            const unsigned keeps = __ballot_sync(0xFFFFFFFFu, keep);
-            __syncwarp();  // all have read
-            if (keep) shared.listed[kept + __popc(keeps & ((1u << lane) - 1))] = e;
-            kept += __popc(keeps);
-            __syncwarp();
-        }
-        if (lane == 0) shared.place[0][0] = kept;
-    }
-    __syncthreads();
-    return static_cast<int>(shared.place[0][0]);
+    return kept;
 }
 
 /// Floats between two codes in gather_storage::sum: rows of 16 bytes.
@@ -291,43 +289,186 @@ __device__ void open_gather(gather_storage<Tile>& shared) {
     arch::cluster<Tile::cluster>::arrive_relaxed();
 }
 
-/// Sums the rows of the block's codes, a warp each code, into shared.sum and shared.count. The block's part of the list
-/// begins at `begin` and had `listed` rows, of which `drop_bad_rows` has left `length`. Whole block.
+/// The sum of what the first `count` lanes have. Whole warp.
+__device__ inline float sum_of_weights(float own, int count) {
+    double sum = static_cast<int>(threadIdx.x) % 32 < count ? own : 0;
+#pragma unroll 1
+    for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+    return static_cast<float>(sum);
+}
+
+/// Sums the rows of the block's codes that are not shared into shared.sum and shared.count, a warp each code: warp w
+/// those numbered w, w + warps, ..., or, `from_last`, as if the warps were numbered from the last. `own`: see
+/// `listed_rows`.
 template <class Tile, class X>
 __device__ void sum_own_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
-                              const gathered_codes& codes, bool vectors, unsigned begin, int listed, int length,
+                              const gathered_codes& codes, bool vectors, bool checks, unsigned own, bool from_last,
                               unsigned& left_out) {
-    using storage = gather_storage<Tile>;
+    constexpr int warps = gather_storage<Tile>::warps, columns_per_lane = Tile::columns / 32;
+    static_assert(Tile::most_own_rows <= 32 && columns_per_lane == 4,
+                  "a lane for each row; it writes four sums at once");
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int stride = gather_stride(a.x.columns);
-    const auto row_at = [&](std::int64_t i) { return shared.row(i); };
-    std::uint32_t* const start = shared.start + codes.own;
-    if (length < listed) {  // those behind the ones dropped have moved up
-        __syncthreads();
-        for (unsigned c = threadIdx.x; c <= codes.own_count; c += Tile::threads) {
-            unsigned before = 0;
-            for (int i = 0; i < length; ++i) before += shared.row(i).code < codes.own + c;
-            start[c] = begin + before;
-        }
-        __syncthreads();
+#pragma unroll 1
+    for (unsigned c = from_last ? warps - 1 - warp : warp; c < codes.own_count; c += warps) {
+        const list_range of_all = shared.shared_rows(codes.own + c), rows = shared.own_rows(codes.own + c);
+        if (of_all.begin < of_all.end) continue;
+        const int first = static_cast<int>(rows.begin - own);
+        int last = static_cast<int>(rows.end - own);
+        unsigned bad = 0;  // rows that a slice has found
+        do {
+            if (bad > 0) last = drop_bad_rows(shared, a.x, vectors, first, last, left_out);
+            bad = 0;
+            const bool has_row = first + lane < last;
+            const std::uint32_t row = has_row ? shared.row(first + lane).row : 0;
+            const float weight = has_row && a.weights ? a.weights[row] : 1.0f;
+#pragma unroll 1
+            for (int slice = 0; slice < stride; slice += Tile::columns) {
+                const row_adder<Tile, X> adder{a, 0, slice, vectors};
+                float sum[columns_per_lane] = {}, count = 0;
+                if (first < last) {
+                    if (adder.sum_few(sum, row, weight, last - first)) {
+                        count = a.weights ? sum_of_weights(weight, last - first) : static_cast<float>(last - first);
+                    } else {
+                        segment_sum<columns_per_lane> segment;
+                        adder.add_one_by_one(segment, row, weight, 0, last - first, bad);
+#pragma unroll
+                        for (int i = 0; i < columns_per_lane; ++i) sum[i] = static_cast<float>(segment.sum[i]);
+                        count = static_cast<float>(segment.count);
+                    }
+                }
+                const int column = static_cast<int>(adder.first_column());
+                if (column < stride)
+                    *reinterpret_cast<float4*>(shared.sum + static_cast<int>(c) * stride + column) =
+                        float4{sum[0], sum[1], sum[2], sum[3]};
+                if (column == 0) shared.count[c] = count;
+            }
+        } while (checks && bad > 0);  // other slices have added those rows
+        left_out += bad;
     }
-    const auto no_other = [](std::int64_t, std::uint32_t, const auto&, double) {};  // never called: there is one code
-#pragma unroll 1
-    for (unsigned c = warp; c < codes.own_count; c += storage::warps) {
-        const int first = static_cast<int>(start[c] - begin), last = static_cast<int>(start[c + 1] - begin);
-        const bool has_rows = first < last;
-#pragma unroll 1
-        for (int slice = 0; slice < stride; slice += Tile::columns) {
-            if (has_rows)
-                sum_rows<false>(shared.segments, a, 0, slice, vectors, first, last, left_out, row_at, no_other);
-            __syncwarp();
-            for (int column = lane; column < min(stride - slice, Tile::columns); column += 32)
-                shared.sum[static_cast<int>(c) * stride + slice + column] =
-                    has_rows ? static_cast<float>(shared.segments.sum[warp][0][column]) : 0.0f;
-            if (slice == 0 && lane == 0)
-                shared.count[c] = has_rows ? static_cast<float>(shared.segments.count[warp][0]) : 0.0f;
-            __syncwarp();
+    __syncwarp();
+}
+
+/// The blocks' parts of the shared list, and the warp's rows of that of this block.
+struct shared_part {
+    unsigned begin, end, most;
+    unsigned inverse;         // 2^32 / most
+    unsigned expected;        // bytes that the block gets for a column, in lane 0 of the last warp
+    int first, last, listed;  // listed rows first .. last - 1, of which there were `listed` before some were dropped
+
+    /// Of row i of the list, the number. Positions and parts are far below 2^16.
+    __device__ unsigned part_of(unsigned i) const { return __umulhi(i, inverse); }
+
+    /// `list` has shared rows.
+    template <class Tile>
+    static __device__ shared_part of(gather_storage<Tile>& shared, const gathered_codes& codes,
+                                     const listed_rows& list) {
+        using storage = gather_storage<Tile>;
+        constexpr int warps = storage::warps;
+        const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+        shared_part p{list.begin, list.end, list.most, 0xFFFFFFFFu / list.most + 1};
+        if (warp == warps - 1) {
+            if (lane < static_cast<int>(codes.own_count)) {
+                const list_range rows = shared.shared_rows(codes.own + lane);
+                const unsigned parts = rows.begin == rows.end ? 0 : p.part_of(rows.end - 1) - p.part_of(rows.begin) + 1;
+                p.expected = parts == 1 ? sizeof(float) : parts * sizeof(double);
+            }
+            p.expected = cub::WarpReduce<unsigned>(shared.reduce).Sum(p.expected);
         }
+        const int length = static_cast<int>(p.end - p.begin);
+        const int own = ((length + warps - 1) / warps + most_float_rows - 1) / most_float_rows * most_float_rows;
+        p.first = storage::most_own + min(warp * own, length);
+        p.last = storage::most_own + min((warp + 1) * own, length);
+        p.listed = p.last - p.first;
+        return p;
+    }
+};
+
+/// Sums the block's part of the shared list, columns `slice` and on, and sends the sums to the blocks whose codes they
+/// are of. Whole block.
+template <class Tile, class X>
+__device__ void send_shares(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
+                            const gathered_codes& codes, const shared_part& part, bool vectors, bool checks, int slice,
+                            unsigned& left_out) {
+    using storage = gather_storage<Tile>;
+    constexpr int columns_per_lane = Tile::columns / 32;
+    static_assert(columns_per_lane == 4, "a lane sends four sums at once");
+    const int stride = gather_stride(a.x.columns), width = min(stride - slice, Tile::columns);
+    const unsigned rank = arch::cluster<Tile::cluster>::rank(), own_mask = (1u << codes.block_bits) - 1;
+    if (threadIdx.x == Tile::threads - 32) shared.box.expect(part.expected * (width + (slice == 0 ? 1 : 0)));
+    const auto add = [&](const open_segment& segment, int column) {
+        const unsigned code = segment.code, owner = code >> codes.block_bits;
+        const list_range rows = shared.shared_rows(code);
+        const bool has_column = column < width, has_count = column == 0 && slice == 0;
+        if (rows.begin >= part.begin && rows.end <= part.end) {
+            float* sum = shared.sum + (code & own_mask) * stride + slice + column;
+            if (has_column) shared.box.send(sum, owner, static_cast<float>(segment.sum));
+            if (has_count) shared.box.send(&shared.count[code & own_mask], owner, static_cast<float>(segment.count));
+        } else {
+            const int slot = rows.begin <= part.begin ? 0 : 1;
+            if (has_column) shared.box.send(shared.part_sum[rank][slot] + column, owner, segment.sum);
+            if (has_count) shared.box.send(&shared.part_count[rank][slot], owner, segment.count);
+        }
+    };
+    if (part.first < part.last) {
+        const auto row_at = [&](std::int64_t i) { return shared.row(i); };
+        const auto emit_warp = [&](std::int64_t first, std::uint32_t code, const double(&sum)[columns_per_lane],
+                                   double weights) {
+            const unsigned owner = code >> codes.block_bits;
+            if (first < stride)
+                shared.box.send(shared.sum + (code & own_mask) * stride + first, owner,
+                                {static_cast<float>(sum[0]), static_cast<float>(sum[1]), static_cast<float>(sum[2]),
+                                 static_cast<float>(sum[3])});
+            if (first == 0) shared.box.send(&shared.count[code & own_mask], owner, static_cast<float>(weights));
+        };
+        sum_rows<true>(shared.segments, a, 0, slice, vectors, part.first, part.last, left_out, row_at, emit_warp);
+    } else {
+        shared.segments.leave_none();
+    }
+    __syncthreads();
+    merge_segments(shared.segments, width, add);
+    // What is expected of codes whose rows are all bad.
+    if (checks && __syncthreads_or(part.last - part.first < part.listed)) {
+        for (unsigned code = 0; code < storage::most_codes; ++code) {
+            const list_range rows = shared.shared_rows(code);
+            if (max(rows.begin, part.begin) >= min(rows.end, part.end)) continue;
+            bool has_row = false;
+            for (int i = part.first + static_cast<int>(threadIdx.x) % 32; i < part.last; i += 32)
+                has_row = has_row || shared.row(i).code == code;
+            if (!__syncthreads_or(has_row)) add({code}, static_cast<int>(threadIdx.x));
+        }
+    }
+}
+
+/// Waits for what all blocks send of the block's codes, and adds it up. Whole block.
+template <class Tile>
+__device__ void take_shares(gather_storage<Tile>& shared, const gathered_codes& codes, const shared_part& part,
+                            int slice, int stride) {
+    constexpr int teams = Tile::threads / Tile::columns;
+    const int lane = static_cast<int>(threadIdx.x) % 32, column = static_cast<int>(threadIdx.x) % Tile::columns;
+    const auto has_rows = [&](int c) {
+        const list_range rows = shared.shared_rows(codes.own + c);
+        return rows.begin < rows.end;
+    };
+    unsigned left = __ballot_sync(0xFFFFFFFFu, lane < static_cast<int>(codes.own_count) && has_rows(lane));
+    shared.box.receive(static_cast<unsigned>(slice / Tile::columns));
+#pragma unroll 1
+    for (int number = 0; left != 0; ++number, left &= left - 1) {
+        if (number % teams != static_cast<int>(threadIdx.x) / Tile::columns) continue;
+        const int c = __ffs(static_cast<int>(left)) - 1;
+        const list_range rows = shared.shared_rows(codes.own + c);
+        const unsigned from = part.part_of(rows.begin), to = part.part_of(rows.end - 1);
+        if (from == to) continue;  // one block had all, and has sent the sum
+        double sum = 0, count = 0;
+#pragma unroll
+        for (unsigned b = 0; b < Tile::cluster; ++b) {
+            if (b < from || b > to) continue;
+            const int slot = b == from && rows.begin != from * part.most ? 1 : 0;
+            sum += shared.part_sum[b][slot][column];
+            count += shared.part_count[b][slot];
+        }
+        if (slice + column < stride) shared.sum[c * stride + slice + column] = static_cast<float>(sum);
+        if (column == 0 && slice == 0) shared.count[c] = static_cast<float>(count);
     }
 }
 
@@ -340,107 +481,28 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
                              const row_source& source, const gathered_codes& codes, bool vectors, bool checks,
                              unsigned long long* invalid_rows) {
     using blocks = arch::cluster<Tile::cluster>;
-    using storage = gather_storage<Tile>;
-    constexpr int warps = storage::warps, columns_per_lane = Tile::columns / 32;
-    static_assert(columns_per_lane == 4, "a lane sends four sums at once");
-    const int lane = static_cast<int>(threadIdx.x) % 32, stride = gather_stride(a.x.columns);
-    const unsigned rank = blocks::rank(), own_mask = (1u << codes.block_bits) - 1;
     unsigned left_out = 0, without = 0;
-    const list_part own = list_rows(shared, source, codes, without);
-    const auto report = [&] {
-        if (!invalid_rows) return;
-        if (blockIdx.x == 0 && without > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(without));
-        if (lane == 0 && left_out > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(left_out));
-    };
+    const listed_rows list = list_rows(shared, source, codes, without);
     blocks::wait();  // all have opened their mailboxes
-    const int listed = static_cast<int>(own.length);
-    const int length = checks && listed > 0 ? drop_bad_rows(shared, a.x, vectors, listed, left_out) : listed;
-    if (own.apart) {
-        sum_own_codes(shared, a, codes, vectors, own.begin, listed, length, left_out);
-        report();
-        return;
+    const bool shares = list.all > 0;
+    const int stride = gather_stride(a.x.columns);
+    shared_part part{};
+    if (shares) {
+        part = shared_part::of(shared, codes, list);
+        if (checks) part.last = drop_bad_rows(shared, a.x, vectors, part.first, part.last, left_out);
     }
-    const unsigned begin = own.begin, end = own.begin + own.length, part = own.most;
-    // i / part by a product: positions and parts are far below 2^16.
-    const unsigned inverse = part > 1 ? 0xFFFFFFFFu / part + 1 : 0;
-    const auto part_of = [&](unsigned i) { return __umulhi(i, inverse); };
-    const int most = ((length + warps - 1) / warps + most_float_rows - 1) / most_float_rows * most_float_rows;
+#pragma unroll 1
     for (int slice = 0; slice < stride; slice += Tile::columns) {
         if (slice > 0) blocks::sync();  // all are done with the parts of the slice before
-        const int width = min(stride - slice, Tile::columns);
-        if (threadIdx.x == Tile::threads - 1) {  // every block with rows of a code sends one sum of it
-            unsigned bytes = 0;
-            for (unsigned c = 0; c < codes.own_count; ++c) {
-                const unsigned begins = shared.start[codes.own + c], ends = shared.start[codes.own + c + 1];
-                if (begins == ends) continue;
-                const unsigned parts = part_of(ends - 1) - part_of(begins) + 1;
-                bytes += parts == 1 ? sizeof(float) : parts * sizeof(double);
-            }
-            shared.box.expect(bytes * (width + (slice == 0 ? 1 : 0)));
-        }
-        const auto add = [&](const open_segment& segment, int column) {
-            const unsigned code = segment.code, owner = code >> codes.block_bits, starts = shared.start[code];
-            const bool whole = starts >= begin && shared.start[code + 1] <= end;
-            const bool has_column = column < width, has_count = column == 0 && slice == 0;
-            if (whole) {
-                const unsigned own_code = code & own_mask;
-                float* sum = shared.sum + own_code * stride + slice + column;
-                if (has_column) shared.box.send(sum, owner, static_cast<float>(segment.sum));
-                if (has_count) shared.box.send(&shared.count[own_code], owner, static_cast<float>(segment.count));
-            } else {
-                const int slot = starts <= begin ? 0 : 1;
-                if (has_column) shared.box.send(shared.part_sum[rank][slot] + column, owner, segment.sum);
-                if (has_count) shared.box.send(&shared.part_count[rank][slot], owner, segment.count);
-            }
-        };
-        if (length > 0) {
-            const auto row_at = [&](std::int64_t i) { return shared.row(i); };
-            const auto emit_warp = [&](std::int64_t first, std::uint32_t code, const double(&sum)[columns_per_lane],
-                                       double weights) {
-                const unsigned owner = code >> codes.block_bits;
-                if (first < stride)
-                    shared.box.send(shared.sum + (code & own_mask) * stride + first, owner,
-                                    {static_cast<float>(sum[0]), static_cast<float>(sum[1]), static_cast<float>(sum[2]),
-                                     static_cast<float>(sum[3])});
-                if (first == 0) shared.box.send(&shared.count[code & own_mask], owner, static_cast<float>(weights));
-            };
-            const int own_begin = static_cast<int>(threadIdx.x) / 32 * most, own_end = min(own_begin + most, length);
-            if (own_begin < own_end)
-                sum_rows<true>(shared.segments, a, 0, slice, vectors, own_begin, own_end, left_out, row_at, emit_warp);
-            else
-                shared.segments.leave_none();
-            __syncthreads();
-            merge_segments(shared.segments, width, add);
-        }
-        if (length < listed) {  // what is expected of codes whose rows are all bad
-            for (unsigned code = 0; code < storage::most_codes; ++code) {
-                if (max(shared.start[code], begin) >= min(shared.start[code + 1], end)) continue;
-                bool has_row = false;
-                for (int i = static_cast<int>(threadIdx.x); i < length; i += Tile::threads)
-                    has_row = has_row || shared.row(i).code == code;
-                if (!__syncthreads_or(has_row)) add({code}, static_cast<int>(threadIdx.x));
-            }
-        }
-        shared.box.receive(static_cast<unsigned>(slice / Tile::columns));
-        for (unsigned c = threadIdx.x / Tile::columns; c < codes.own_count; c += Tile::threads / Tile::columns) {
-            const unsigned begins = shared.start[codes.own + c], ends = shared.start[codes.own + c + 1];
-            const unsigned from = part_of(begins), to = ends == begins ? from : part_of(ends - 1);
-            if (from == to && begins < ends) continue;
-            const unsigned column = threadIdx.x % Tile::columns;
-            double sum = 0, count = 0;
-#pragma unroll
-            for (unsigned b = 0; b < Tile::cluster; ++b) {
-                if (from == to || b < from || b > to) continue;
-                const int slot = b == from && begins != from * part ? 1 : 0;
-                sum += shared.part_sum[b][slot][column];
-                count += shared.part_count[b][slot];
-            }
-            if (static_cast<int>(column) < width) shared.sum[c * stride + slice + column] = static_cast<float>(sum);
-            if (column == 0 && slice == 0) shared.count[c] = static_cast<float>(count);
-        }
+        if (shares) send_shares(shared, a, codes, part, vectors, checks, slice, left_out);
+        if (slice == 0) sum_own_codes(shared, a, codes, vectors, checks, list.own, shares, left_out);
+        if (!shares) break;
+        take_shares(shared, codes, part, slice, stride);
     }
-    __syncthreads();
-    report();
+    if (shares) __syncthreads();
+    if (!invalid_rows) return;
+    if (blockIdx.x == 0 && without > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(without));
+    if (threadIdx.x % 32 == 0 && left_out > 0) atomicAdd(invalid_rows, static_cast<unsigned long long>(left_out));
 }
 
 /// The body of `gather`: also writes what `gather_codes` sums to counts and sums, or `add`s it there. Returns the codes

@@ -94,6 +94,159 @@ struct segment_sum {
     }
 };
 
+/// Adds rows of a list onto what a warp holds of a segment: columns slice .. slice + Tile::columns - 1. All its
+/// functions are called by a whole warp, converged; each lane has a row of the list, and its weight.
+template <class Tile, class X>
+struct row_adder {
+    static constexpr int columns_per_lane = Tile::columns / 32, batch = most_float_rows;
+    using segment_type = segment_sum<columns_per_lane>;
+
+    const detail::accumulate_args<X>& a;
+    std::int64_t first_row;  // of x, the list's row 0
+    std::int64_t slice;
+    bool vectors;
+
+    __device__ std::int64_t first_column() const {
+        return slice + static_cast<int>(threadIdx.x) % 32 * columns_per_lane;
+    }
+    /// The rows of lanes from .. to - 1 again, after float overflowed or a row turned out not to be finite: those are
+    /// left out, the others added in double.
+    __device__ void add_one_by_one(segment_type& segment, std::uint32_t own_row, float own_weight, int from, int to,
+                                   unsigned& left_out) const {
+#pragma unroll
+        for (int c = 0; c < columns_per_lane; ++c) segment.part[c] = 0;
+#pragma unroll 1
+        for (int j = from; j < to; ++j) {
+            const std::uint32_t row = __shfl_sync(all, own_row, j);
+            const float weight = __shfl_sync(all, own_weight, j);
+            float value[1][columns_per_lane];
+            read_rows(value, {a.x.row(first_row + row)}, first_column(), a.x.columns, vectors);
+            bool finite = true;
+#pragma unroll
+            for (int c = 0; c < columns_per_lane; ++c) finite = finite && isfinite(value[0][c]);
+            if (__all_sync(all, finite)) {
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c)
+                    segment.sum[c] += static_cast<double>(weight) * static_cast<double>(value[0][c]);
+                segment.count += weight;
+            } else {
+                ++left_out;
+            }
+        }
+    }
+    /// The rows of all lanes, which have the code of the segment and no weights: two batches of loads at a time. Rows
+    /// that are not aligned are added in the same order.
+    __device__ void add_long_run(segment_type& segment, std::uint32_t own_row, unsigned& left_out) const {
+        const int rows = 2 * batch_rows();
+#pragma unroll 1
+        for (int from = 0; from < 32; from += rows) {
+            const auto row_of = [&](int load) {
+                const int i = has_halves() ? 2 * load + static_cast<int>(threadIdx.x) % 32 / 16 : load;
+                return a.x.row(first_row + __shfl_sync(all, own_row, from + i));
+            };
+            segment_type other;  // of the second batch
+            const auto add = [&](const float(&value)[columns_per_lane],
+                                 const float(&value_of_other)[columns_per_lane]) {
+                device::accumulate_row(segment.part, value, 1.0f, columns_per_lane, 0, 1);
+                device::accumulate_row(other.part, value_of_other, 1.0f, columns_per_lane, 0, 1);
+            };
+            if (vectors) {
+                const X* row[2 * batch];
+                float value[2 * batch][columns_per_lane];
+#pragma unroll
+                for (int j = 0; j < 2 * batch; ++j) row[j] = row_of(j);
+                read_rows(value, row, column_of_load(), a.x.columns, true);
+#pragma unroll
+                for (int j = 0; j < batch; ++j) add(value[j], value[batch + j]);
+            } else {
+#pragma unroll 1
+                for (int j = 0; j < batch; ++j) {
+                    const X* const row[2] = {row_of(j), row_of(batch + j)};
+                    float value[2][columns_per_lane];
+                    read_rows(value, row, column_of_load(), a.x.columns, false);
+                    add(value[0], value[1]);
+                }
+            }
+            if (has_halves()) {
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c) {
+                    segment.part[c] += __shfl_xor_sync(all, segment.part[c], 16);
+                    other.part[c] += __shfl_xor_sync(all, other.part[c], 16);
+                }
+            }
+            if (segment.is_sound() && other.is_sound()) {
+                segment.fold();
+#pragma unroll
+                for (int c = 0; c < columns_per_lane; ++c) segment.sum[c] += other.part[c];
+                segment.count += rows;
+            } else {
+                add_one_by_one(segment, own_row, 1.0f, from, from + rows, left_out);
+            }
+        }
+    }
+    /// The float sum of the rows of the first `count` lanes, from 1 to 32; whether it is finite. A batch of loads at a
+    /// time, each summed alone: n rows need no more than 8 + n / 8 roundings, and 4 sqrt(n) are allowed. Aligned rows
+    /// are less than 2^32 elements apart.
+    __device__ bool sum_few(float (&sum)[columns_per_lane], std::uint32_t own_row, float own_weight, int count) const {
+        // What this lane brings for all. Where a load gets two rows, the lower half of the warp takes rows 0 .. 7 and
+        // 16 .. 23, the upper the others.
+        const int lane = static_cast<int>(threadIdx.x) % 32, width = has_halves() ? 16 : 32;
+        const int number = has_halves() ? (lane & 7) | (lane & 8) << 1 | (lane & 16) >> 1 : lane;
+        std::uint32_t row = __shfl_sync(all, own_row, min(number, count - 1));  // beyond, the last, of no weight
+        float weight = __shfl_sync(all, own_weight, number);
+        if (number >= count) weight = 0;
+        const X* const x = a.x.data + first_row * a.x.stride;
+#pragma unroll
+        for (int c = 0; c < columns_per_lane; ++c) sum[c] = 0;
+#pragma unroll 1
+        for (int from = 0; from < count; from += batch_rows()) {
+            float part[columns_per_lane] = {};
+            const auto add = [&](int j, const float(&value)[columns_per_lane]) {
+                device::accumulate_row(part, value, __shfl_sync(all, weight, j, width), columns_per_lane, 0, 1);
+            };
+            if (vectors) {
+                const X* at[batch];
+                float value[batch][columns_per_lane];
+#pragma unroll
+                for (int j = 0; j < batch; ++j)
+                    at[j] = x + std::uint64_t{__shfl_sync(all, row, j, width)} * static_cast<std::uint32_t>(a.x.stride);
+                read_rows(value, at, column_of_load(), a.x.columns, true);
+#pragma unroll
+                for (int j = 0; j < batch; ++j) add(j, value[j]);
+            } else {
+#pragma unroll 1
+                for (int j = 0; j < batch; ++j) {
+                    float value[1][columns_per_lane];
+                    read_rows(value, {x + __shfl_sync(all, row, j, width) * a.x.stride}, column_of_load(), a.x.columns,
+                              false);
+                    add(j, value[0]);
+                }
+            }
+#pragma unroll
+            for (int c = 0; c < columns_per_lane; ++c) sum[c] += part[c];
+            row = __shfl_down_sync(all, row, batch);
+            weight = __shfl_down_sync(all, weight, batch);
+        }
+        float probe = 0;  // NaN as soon as a sum is NaN or Inf
+#pragma unroll
+        for (int c = 0; c < columns_per_lane; ++c) {
+            if (has_halves()) sum[c] += __shfl_xor_sync(all, sum[c], 16);
+            probe = __fmaf_rn(sum[c], 0.0f, probe);
+        }
+        return __all_sync(all, probe == 0);
+    }
+
+private:
+    static constexpr unsigned all = 0xFFFFFFFFu;
+
+    /// Whether half a warp has lanes for a row, so that a load gets two.
+    __device__ bool has_halves() const { return a.x.columns <= Tile::columns / 2; }
+    __device__ int batch_rows() const { return has_halves() ? 2 * batch : batch; }
+    __device__ std::int64_t column_of_load() const {
+        return has_halves() ? static_cast<int>(threadIdx.x) % 16 * columns_per_lane : first_column();
+    }
+};
+
 /// Rows of one code in a row, as a block has them: a column a thread.
 struct open_segment {
     std::uint32_t code;
@@ -131,6 +284,7 @@ __device__ void sum_rows(segment_storage<Tile>& shared, const detail::accumulate
     constexpr int columns_per_lane = Tile::columns / 32, batch = most_float_rows;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const std::int64_t columns = a.x.columns, first = slice + lane * columns_per_lane;  // column of this lane
+    const row_adder<Tile, X> adder{a, first_row, slice, vectors};
     segment_sum<columns_per_lane> segment;
     bool is_first = true;
     const auto load = [&](std::int64_t i) { return i < end ? row_at(i) : coded_row{coded_row::none, 0}; };
@@ -156,83 +310,6 @@ __device__ void sum_rows(segment_storage<Tile>& shared, const detail::accumulate
         for (int c = 0; c < columns_per_lane; ++c) segment.sum[c] = 0;
         segment.count = 0;
     };
-    // The rows of lanes from .. to - 1 again, after float overflowed or a row turned out not to be finite: those are
-    // left out, the others added in double.
-    const auto add_one_by_one = [&](const coded_row& mine, float own_weight, int from, int to) {
-#pragma unroll
-        for (int c = 0; c < columns_per_lane; ++c) segment.part[c] = 0;
-#pragma unroll 1
-        for (int j = from; j < to; ++j) {
-            const std::uint32_t row = __shfl_sync(0xFFFFFFFFu, mine.row, j);
-            const float weight = __shfl_sync(0xFFFFFFFFu, own_weight, j);
-            float value[1][columns_per_lane];
-            read_rows(value, {a.x.row(first_row + row)}, first, columns, vectors);
-            bool finite = true;
-#pragma unroll
-            for (int c = 0; c < columns_per_lane; ++c) finite = finite && isfinite(value[0][c]);
-            if (__all_sync(0xFFFFFFFFu, finite)) {
-#pragma unroll
-                for (int c = 0; c < columns_per_lane; ++c)
-                    segment.sum[c] += static_cast<double>(weight) * static_cast<double>(value[0][c]);
-                segment.count += weight;
-            } else {
-                ++left_out;
-            }
-        }
-    };
-    // The rows of all lanes, which have the code of the segment: so many loads at a time, and in each two rows, where
-    // half a warp has lanes for one. Rows that are not aligned are added in the same order.
-    const auto add_long_run = [&](const coded_row& mine) {
-        constexpr int loads = 2 * batch;
-        const bool halves = columns <= Tile::columns / 2;
-        const int rows = halves ? 2 * loads : loads;
-        const std::int64_t column = halves ? lane % 16 * columns_per_lane : first;
-#pragma unroll 1
-        for (int from = 0; from < 32; from += rows) {
-            const auto row_of = [&](int load) {
-                const int i = from + (halves ? 2 * load + lane / 16 : load);
-                return a.x.row(first_row + __shfl_sync(0xFFFFFFFFu, mine.row, i));
-            };
-            segment_sum<columns_per_lane> other;  // of the second half of the loads
-            const auto add = [&](const float(&value)[columns_per_lane],
-                                 const float(&value_of_other)[columns_per_lane]) {
-                device::accumulate_row(segment.part, value, 1.0f, columns_per_lane, 0, 1);
-                device::accumulate_row(other.part, value_of_other, 1.0f, columns_per_lane, 0, 1);
-            };
-            if (vectors) {
-                const X* row[loads];
-                float value[loads][columns_per_lane];
-#pragma unroll
-                for (int j = 0; j < loads; ++j) row[j] = row_of(j);
-                read_rows(value, row, column, columns, true);
-#pragma unroll
-                for (int j = 0; j < batch; ++j) add(value[j], value[batch + j]);
-            } else {
-#pragma unroll 1
-                for (int j = 0; j < batch; ++j) {
-                    const X* const row[2] = {row_of(j), row_of(batch + j)};
-                    float value[2][columns_per_lane];
-                    read_rows(value, row, column, columns, false);
-                    add(value[0], value[1]);
-                }
-            }
-            if (halves) {
-#pragma unroll
-                for (int c = 0; c < columns_per_lane; ++c) {
-                    segment.part[c] += __shfl_xor_sync(0xFFFFFFFFu, segment.part[c], 16);
-                    other.part[c] += __shfl_xor_sync(0xFFFFFFFFu, other.part[c], 16);
-                }
-            }
-            if (segment.is_sound() && other.is_sound()) {
-                segment.fold();
-#pragma unroll
-                for (int c = 0; c < columns_per_lane; ++c) segment.sum[c] += other.part[c];
-                segment.count += rows;
-            } else {
-                add_one_by_one(mine, 1.0f, from, from + rows);
-            }
-        }
-    };
     for (std::int64_t at = begin; at < end; at += 32) {
         const coded_row mine = next;
         const bool valid = at + lane < end;
@@ -244,7 +321,7 @@ __device__ void sum_rows(segment_storage<Tile>& shared, const detail::accumulate
         const unsigned starts = __ballot_sync(0xFFFFFFFFu, valid && mine.code != before);
         const int here = end - at < 32 ? static_cast<int>(end - at) : 32;
         if (LongRuns && starts == 0 && here == 32 && !a.weights) {
-            add_long_run(mine);
+            adder.add_long_run(segment, mine.row, left_out);
             continue;
         }
         for (int j0 = 0; j0 < here; j0 += batch) {
@@ -276,7 +353,7 @@ __device__ void sum_rows(segment_storage<Tile>& shared, const detail::accumulate
                     segment.fold();
                     segment.count += weights;
                 } else {
-                    add_one_by_one(mine, own_weight, j0 + from, j0 + to);
+                    adder.add_one_by_one(segment, mine.row, own_weight, j0 + from, j0 + to, left_out);
                 }
                 from = to;
             }
@@ -517,10 +594,21 @@ __device__ void merge_segments(const segment_storage<Tile>& shared, int width, c
         if (heads != 0) own &= (heads & -heads) - 1;
         open_segment segment{__shfl_sync(all, code, first)};
 #pragma unroll 1
-        for (; own != 0; own &= own - 1) {
-            const int i = __ffs(static_cast<int>(own)) - 1;
-            segment.sum += shared.sum[i / 2][i % 2][column];
-            segment.count += shared.count[i / 2][i % 2];
+        while (own != 0) {
+            constexpr int ahead = 4;
+            double sum[ahead], count[ahead];
+#pragma unroll
+            for (int j = 0; j < ahead; ++j) {
+                const int i = __ffs(static_cast<int>(own)) - 1;
+                sum[j] = own != 0 ? shared.sum[i / 2][i % 2][column] : 0;
+                count[j] = own != 0 ? shared.count[i / 2][i % 2] : 0;
+                own &= own - 1;
+            }
+#pragma unroll
+            for (int j = 0; j < ahead; ++j) {
+                segment.sum += sum[j];
+                segment.count += count[j];
+            }
         }
         emit(segment, column);
     }
