@@ -149,8 +149,8 @@ __device__ int find_rows(gather_storage<Tile>& shared, const row_source& source,
     return rows;
 }
 
-/// What a block has listed: its own rows, which begin at `own` in the own lists of its cluster, and rows begin .. end -
-/// 1 of the shared list, of `most` rows but in the last part that has some. `all`: rows of the shared list.
+/// What a block has listed: its own rows, which begin at `own` in the own lists of its cluster, and its part of the
+/// shared list: rows begin .. end - 1, `most` of them but in the last part that has any. `all`: rows of that list.
 struct listed_rows {
     unsigned own, begin, end, most, all;
 };
@@ -349,68 +349,94 @@ __device__ void sum_own_codes(gather_storage<Tile>& shared, const detail::accumu
     __syncwarp();
 }
 
-/// The blocks' parts of the shared list, and the warp's rows of that of this block.
+/// Of the block's part of the shared list, the warp's rows: listed rows first .. last - 1, of which there were `listed`
+/// before some were dropped.
 struct shared_part {
-    unsigned begin, end, most;
-    unsigned inverse;         // 2^32 / most
-    unsigned expected;        // bytes that the block gets for a column, in lane 0 of the last warp
-    int first, last, listed;  // listed rows first .. last - 1, of which there were `listed` before some were dropped
+    int first, last, listed;
 
-    /// Of row i of the list, the number. Positions and parts are far below 2^16.
-    __device__ unsigned part_of(unsigned i) const { return __umulhi(i, inverse); }
-
-    /// `list` has shared rows.
     template <class Tile>
-    static __device__ shared_part of(gather_storage<Tile>& shared, const gathered_codes& codes,
-                                     const listed_rows& list) {
+    static __device__ shared_part of(const listed_rows& list) {
         using storage = gather_storage<Tile>;
-        constexpr int warps = storage::warps;
-        const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-        shared_part p{list.begin, list.end, list.most, 0xFFFFFFFFu / list.most + 1};
-        if (warp == warps - 1) {
-            if (lane < static_cast<int>(codes.own_count)) {
-                const list_range rows = shared.shared_rows(codes.own + lane);
-                const unsigned parts = rows.begin == rows.end ? 0 : p.part_of(rows.end - 1) - p.part_of(rows.begin) + 1;
-                p.expected = parts == 1 ? sizeof(float) : parts * sizeof(double);
-            }
-            p.expected = cub::WarpReduce<unsigned>(shared.reduce).Sum(p.expected);
-        }
-        const int length = static_cast<int>(p.end - p.begin);
-        const int own = ((length + warps - 1) / warps + most_float_rows - 1) / most_float_rows * most_float_rows;
-        p.first = storage::most_own + min(warp * own, length);
-        p.last = storage::most_own + min((warp + 1) * own, length);
-        p.listed = p.last - p.first;
-        return p;
+        constexpr int batches = storage::warps * most_float_rows;  // whole ones for a warp
+        const int length = static_cast<int>(list.end - list.begin), warp = static_cast<int>(threadIdx.x) / 32;
+        const int most = (length + batches - 1) / batches * most_float_rows;
+        shared_part part{};
+        part.first = storage::most_own + min(warp * most, length);
+        part.last = storage::most_own + min((warp + 1) * most, length);
+        part.listed = part.last - part.first;
+        return part;
     }
 };
+
+/// Bytes that the block is sent for each column. Whole warp; in lane 0.
+template <class Tile>
+__device__ unsigned expected_bytes(gather_storage<Tile>& shared, const gathered_codes& codes, const listed_rows& list) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    unsigned bytes = 0;
+    if (lane < static_cast<int>(codes.own_count)) {
+        const list_range rows = shared.shared_rows(codes.own + lane);
+        unsigned blocks = 0;  // that have some of them
+#pragma unroll
+        for (unsigned b = 0; b < Tile::cluster; ++b)
+            blocks += max(rows.begin, b * list.most) < min(rows.end, (b + 1) * list.most);
+        bytes = blocks == 1 ? sizeof(float) : blocks * sizeof(double);
+    }
+    return cub::WarpReduce<unsigned>(shared.reduce).Sum(bytes);
+}
+
+/// Where the warp's rows are few, all of one code, without weights, and their sum is finite: leaves it where `sum_rows`
+/// would, and returns true.
+template <class Tile, class X>
+__device__ bool sum_short_run(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
+                              const shared_part& part, bool vectors, int slice) {
+    constexpr int most = 2 * most_float_rows, columns_per_lane = Tile::columns / 32;
+    constexpr unsigned all = 0xFFFFFFFFu;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int count = part.last - part.first;
+    if (count > most || a.weights) return false;
+    const coded_row mine = shared.row(part.first + min(lane, count - 1));
+    if (!__all_sync(all, mine.code == __shfl_sync(all, mine.code, 0))) return false;
+    const row_adder<Tile, X> adder{a, 0, slice, vectors};
+    float sum[columns_per_lane];
+    if (!adder.sum_few(sum, mine.row, 1.0f, count)) return false;
+#pragma unroll
+    for (int c = 0; c < columns_per_lane; ++c) shared.segments.sum[warp][0][lane * columns_per_lane + c] = sum[c];
+    if (lane == 0) {
+        shared.segments.count[warp][0] = count;
+        shared.segments.code[warp][0] = mine.code;
+        shared.segments.code[warp][1] = coded_row::none;
+    }
+    return true;
+}
 
 /// Sums the block's part of the shared list, columns `slice` and on, and sends the sums to the blocks whose codes they
 /// are of. Whole block.
 template <class Tile, class X>
 __device__ void send_shares(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
-                            const gathered_codes& codes, const shared_part& part, bool vectors, bool checks, int slice,
-                            unsigned& left_out) {
+                            const gathered_codes& codes, const listed_rows& list, const shared_part& part, bool vectors,
+                            bool checks, int slice, unsigned& left_out) {
     using storage = gather_storage<Tile>;
     constexpr int columns_per_lane = Tile::columns / 32;
     static_assert(columns_per_lane == 4, "a lane sends four sums at once");
     const int stride = gather_stride(a.x.columns), width = min(stride - slice, Tile::columns);
     const unsigned rank = arch::cluster<Tile::cluster>::rank(), own_mask = (1u << codes.block_bits) - 1;
-    if (threadIdx.x == Tile::threads - 32) shared.box.expect(part.expected * (width + (slice == 0 ? 1 : 0)));
     const auto add = [&](const open_segment& segment, int column) {
         const unsigned code = segment.code, owner = code >> codes.block_bits;
         const list_range rows = shared.shared_rows(code);
         const bool has_column = column < width, has_count = column == 0 && slice == 0;
-        if (rows.begin >= part.begin && rows.end <= part.end) {
+        if (rows.begin >= list.begin && rows.end <= list.end) {
             float* sum = shared.sum + (code & own_mask) * stride + slice + column;
             if (has_column) shared.box.send(sum, owner, static_cast<float>(segment.sum));
             if (has_count) shared.box.send(&shared.count[code & own_mask], owner, static_cast<float>(segment.count));
         } else {
-            const int slot = rows.begin <= part.begin ? 0 : 1;
+            const int slot = rows.begin <= list.begin ? 0 : 1;
             if (has_column) shared.box.send(shared.part_sum[rank][slot] + column, owner, segment.sum);
             if (has_count) shared.box.send(&shared.part_count[rank][slot], owner, segment.count);
         }
     };
-    if (part.first < part.last) {
+    if (part.first == part.last) {
+        shared.segments.leave_none();
+    } else if (!sum_short_run(shared, a, part, vectors, slice)) {
         const auto row_at = [&](std::int64_t i) { return shared.row(i); };
         const auto emit_warp = [&](std::int64_t first, std::uint32_t code, const double(&sum)[columns_per_lane],
                                    double weights) {
@@ -422,16 +448,18 @@ __device__ void send_shares(gather_storage<Tile>& shared, const detail::accumula
             if (first == 0) shared.box.send(&shared.count[code & own_mask], owner, static_cast<float>(weights));
         };
         sum_rows<true>(shared.segments, a, 0, slice, vectors, part.first, part.last, left_out, row_at, emit_warp);
-    } else {
-        shared.segments.leave_none();
     }
     __syncthreads();
+    if (threadIdx.x / 32 == storage::warps - 1) {  // it rarely has something to merge
+        const unsigned bytes = expected_bytes(shared, codes, list);
+        if (threadIdx.x % 32 == 0) shared.box.expect(bytes * (width + (slice == 0 ? 1 : 0)));
+    }
     merge_segments(shared.segments, width, add);
     // What is expected of codes whose rows are all bad.
     if (checks && __syncthreads_or(part.last - part.first < part.listed)) {
         for (unsigned code = 0; code < storage::most_codes; ++code) {
             const list_range rows = shared.shared_rows(code);
-            if (max(rows.begin, part.begin) >= min(rows.end, part.end)) continue;
+            if (max(rows.begin, list.begin) >= min(rows.end, list.end)) continue;
             bool has_row = false;
             for (int i = part.first + static_cast<int>(threadIdx.x) % 32; i < part.last; i += 32)
                 has_row = has_row || shared.row(i).code == code;
@@ -442,7 +470,7 @@ __device__ void send_shares(gather_storage<Tile>& shared, const detail::accumula
 
 /// Waits for what all blocks send of the block's codes, and adds it up. Whole block.
 template <class Tile>
-__device__ void take_shares(gather_storage<Tile>& shared, const gathered_codes& codes, const shared_part& part,
+__device__ void take_shares(gather_storage<Tile>& shared, const gathered_codes& codes, const listed_rows& list,
                             int slice, int stride) {
     constexpr int teams = Tile::threads / Tile::columns;
     const int lane = static_cast<int>(threadIdx.x) % 32, column = static_cast<int>(threadIdx.x) % Tile::columns;
@@ -457,25 +485,28 @@ __device__ void take_shares(gather_storage<Tile>& shared, const gathered_codes& 
         if (number % teams != static_cast<int>(threadIdx.x) / Tile::columns) continue;
         const int c = __ffs(static_cast<int>(left)) - 1;
         const list_range rows = shared.shared_rows(codes.own + c);
-        const unsigned from = part.part_of(rows.begin), to = part.part_of(rows.end - 1);
-        if (from == to) continue;  // one block had all, and has sent the sum
+        int blocks = 0;  // that have some of them
         double sum = 0, count = 0;
 #pragma unroll
         for (unsigned b = 0; b < Tile::cluster; ++b) {
-            if (b < from || b > to) continue;
-            const int slot = b == from && rows.begin != from * part.most ? 1 : 0;
+            const unsigned begin = b * list.most;
+            if (max(rows.begin, begin) >= min(rows.end, begin + list.most)) continue;
+            const int slot = rows.begin <= begin ? 0 : 1;
+            ++blocks;
             sum += shared.part_sum[b][slot][column];
             count += shared.part_count[b][slot];
         }
+        if (blocks == 1) continue;  // it has sent the sum
         if (slice + column < stride) shared.sum[c * stride + slice + column] = static_cast<float>(sum);
         if (column == 0 && slice == 0) shared.count[c] = static_cast<float>(count);
     }
 }
 
-/// Sums the rows of the block's codes into shared.sum and shared.count, after `open_gather`. `checks`: rows that hold a
-/// NaN or Inf are looked for before summing, since a slice may not see all of a row; where there is one slice, summing
-/// finds them. `invalid_rows`: null, or gets the rows without a code and those not finite added. After it warp w
-/// may read the counts and sums of the block's codes w, w + warps, ...; others need a barrier first.
+/// Sums the rows of the block's codes into shared.sum and shared.count, after `open_gather`. `checks`: there are
+/// several slices, not each of which finds all rows that hold a NaN or Inf, so those of the shared list are looked for
+/// before it is summed, and own rows again where a slice has found one. `invalid_rows`: null, or gets the rows without
+/// a code and those not finite added. After it warp w may read the counts and sums of the block's codes w, w + warps,
+/// ...; others need a barrier first.
 template <class Tile, class X>
 __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumulate_args<X>& a,
                              const row_source& source, const gathered_codes& codes, bool vectors, bool checks,
@@ -488,16 +519,16 @@ __device__ void gather_codes(gather_storage<Tile>& shared, const detail::accumul
     const int stride = gather_stride(a.x.columns);
     shared_part part{};
     if (shares) {
-        part = shared_part::of(shared, codes, list);
+        part = shared_part::of<Tile>(list);
         if (checks) part.last = drop_bad_rows(shared, a.x, vectors, part.first, part.last, left_out);
     }
 #pragma unroll 1
     for (int slice = 0; slice < stride; slice += Tile::columns) {
         if (slice > 0) blocks::sync();  // all are done with the parts of the slice before
-        if (shares) send_shares(shared, a, codes, part, vectors, checks, slice, left_out);
+        if (shares) send_shares(shared, a, codes, list, part, vectors, checks, slice, left_out);
         if (slice == 0) sum_own_codes(shared, a, codes, vectors, checks, list.own, shares, left_out);
         if (!shares) break;
-        take_shares(shared, codes, part, slice, stride);
+        take_shares(shared, codes, list, slice, stride);
     }
     if (shares) __syncthreads();
     if (!invalid_rows) return;

@@ -594,21 +594,10 @@ __device__ void merge_segments(const segment_storage<Tile>& shared, int width, c
         if (heads != 0) own &= (heads & -heads) - 1;
         open_segment segment{__shfl_sync(all, code, first)};
 #pragma unroll 1
-        while (own != 0) {
-            constexpr int ahead = 4;
-            double sum[ahead], count[ahead];
-#pragma unroll
-            for (int j = 0; j < ahead; ++j) {
-                const int i = __ffs(static_cast<int>(own)) - 1;
-                sum[j] = own != 0 ? shared.sum[i / 2][i % 2][column] : 0;
-                count[j] = own != 0 ? shared.count[i / 2][i % 2] : 0;
-                own &= own - 1;
-            }
-#pragma unroll
-            for (int j = 0; j < ahead; ++j) {
-                segment.sum += sum[j];
-                segment.count += count[j];
-            }
+        for (; own != 0; own &= own - 1) {
+            const int i = __ffs(static_cast<int>(own)) - 1;
+            segment.sum += shared.sum[i / 2][i % 2][column];
+            segment.count += shared.count[i / 2][i % 2];
         }
         emit(segment, column);
     }
