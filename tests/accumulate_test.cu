@@ -191,14 +191,14 @@ TEST_F(AccumulateSmall, CodesOfFewRowsAndOfMany) {
 /// a code of each kind has no finite row, another few.
 TEST_F(AccumulateSmall, CodesOfFewRowsAndOfManyInBlocksOfSeveral) {
     random_source random;
-    constexpr std::int64_t alone = dispatch::gather_plan::in_clusters::most_own_rows;
+    constexpr std::int64_t most = dispatch::gather_plan::in_clusters::most_own_rows;
     for (const auto& [k, d] :
          std::vector<std::array<std::int64_t, 2>>{{1100, 200}, {1100, 64}, {1024, 128}, {300, 259}}) {
         SCOPED_TRACE(testing::Message() << "K = " << k << ", D = " << d);
-        auto codes = random_codes(random, 1500, 0, k - 1);
-        for (const std::int64_t code : {3, 11, 19, 130, 131, 132, 299})
-            for (std::int64_t i = 0; i < alone - 3 + code % 5; ++i) codes.push_back(code);
-        for (const std::int64_t code : {16, 17, 271}) codes.resize(codes.size() + 9 * alone, code);
+        auto codes = random_codes(random, 1500, 40, k - 1);
+        for (std::int64_t code = 30; code < 40; ++code) codes.resize(codes.size() + most - 35 + code, code);
+        for (const std::int64_t code : {3, 11}) codes.resize(codes.size() + most - code, code);
+        for (const std::int64_t code : {16, 17, 271}) codes.resize(codes.size() + 9 * most, code);
         for (std::size_t i = codes.size() - 1; i > 0; --i)
             std::swap(codes[i], codes[random.integer(0, static_cast<std::int64_t>(i))]);
         const auto n = static_cast<std::int64_t>(codes.size());
@@ -837,6 +837,27 @@ TEST_F(LargeTest, MoreThan2To31ElementsOfX) {
     params.stats = stats.data();
     accumulate(matrix_view<const __half>(x.data(), n, columns), codes.view(), counts.view(), sums.view(), params);
     expect_right(right, {counts.download(), sums.download(), stats.download()[0]});
+}
+
+/// Two rows more than 2^32 elements apart, or just as many as 32 bits hold.
+TEST_F(LargeTest, RowsMoreThan2To32ElementsApart) {
+    constexpr std::int64_t columns = 64, edge = std::int64_t{1} << 32;
+    if (!has_free_memory((edge + 4 + columns) * sizeof(__half) + (std::size_t{1} << 30)))
+        GTEST_SKIP() << "too little device memory for rows " << edge << " halves apart";
+    random_source random;
+    const auto rows = random.normals<__half>(2, columns);
+    const auto right = accumulated(rows, {1, 1}, 3);
+    device_array<__half> x(edge + 4 + columns);
+    check(cudaMemcpy(x.data(), rows.data.data(), columns * sizeof(__half), cudaMemcpyHostToDevice));
+    const device_array<std::int64_t> codes(codes_t{1, 1});
+    for (const std::int64_t stride : {edge - 4, edge, edge + 4}) {
+        check(cudaMemcpy(x.data() + stride, &rows.data[columns], columns * sizeof(__half), cudaMemcpyHostToDevice));
+        device_array<float> counts(3);
+        device_matrix<float> sums(3, columns);
+        accumulate(strided<const __half>(x.data(), 2, columns, stride), codes.view(), counts.view(), sums.view());
+        EXPECT_EQ(counts.download(), right.counts);
+        EXPECT_TRUE(same_bits(sums.download(), right.sums)) << stride;
+    }
 }
 
 TEST_F(LargeTest, MoreRowsThanAreSortedAtATime) {

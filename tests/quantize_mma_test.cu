@@ -220,13 +220,22 @@ TEST(QuantizeMmaLayout, HasRoomForEveryDimensionAndTheOffset) {
 
 // ---- types, shapes --------------------------------------------------------------------------------------------------
 
-TYPED_TEST(QuantizeMmaTypesSmall, NormalDataAndUnalignedRows) {
+template <class X, class C>
+void expect_exact_aligned_or_not(const std::vector<std::int64_t>& dimensions) {
     random_source random;
-    for (const std::int64_t d : {1, 17, 64, 200, 330}) {
-        const auto x = random.normals<typename TestFixture::x>(130, d);
-        const auto codebook = random.normals<typename TestFixture::codebook>(150, d);
+    for (const std::int64_t d : dimensions) {
+        const auto x = random.normals<X>(130, d);
+        const auto codebook = random.normals<C>(150, d);
         EXPECT_EQ(expect_exact(x, codebook), expect_exact(x, codebook, awkward));
     }
+}
+
+TYPED_TEST(QuantizeMmaTypesSmall, NormalDataAndUnalignedRows) {
+    expect_exact_aligned_or_not<typename TestFixture::x, typename TestFixture::codebook>({1, 17, 64});
+}
+
+TYPED_TEST(QuantizeMmaTypesSmall, NormalDataAndUnalignedRowsOfManyDimensions) {
+    expect_exact_aligned_or_not<typename TestFixture::x, typename TestFixture::codebook>({200, 330});
 }
 
 TYPED_TEST(QuantizeMmaTypesSmall, TiesGoToTheLowestCode) {

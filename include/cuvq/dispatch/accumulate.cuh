@@ -155,15 +155,13 @@ struct gather_plan {
     using in_clusters = gather_tile<gather_shapes::cluster>;
     using alone = gather_tile<1>;
 
-    static constexpr std::int64_t most_stride = std::int64_t{1} << 32;  // of rows read by vectors
-
     kernel::row_source source;
     bool vectors = false, checks = false;
 
     template <class X>
     gather_plan(const detail::accumulate_args<X>& a, const provenance& from)
         : source(rows_of(a.codes, a.weights, from, a.sums.rows, 0, a.x.rows)),
-          vectors(kernel::has_vectors<alone::columns / 32>(a.x) && a.x.stride < most_stride),
+          vectors(kernel::has_vectors<alone::columns / 32>(a.x) && a.x.stride <= 0xFFFFFFFF),
           checks(a.x.columns > alone::columns && !from.trusted) {}
 
     /// Launches the kernel in clusters where the card has them, `extra` of which have no codes: `clustered` and

@@ -1,11 +1,11 @@
 // cuvq: GPU vector quantization. SPDX-License-Identifier: Apache-2.0
 //
 // Counts and sums of a small batch in one launch. Each cluster of blocks has a few codes of its own. Each of its blocks
-// looks through the codes of all rows, and so knows where in the list of the cluster's rows, by code and in order, each
-// of them belongs, without a word from the others. Its codes of few rows a block sums alone, a warp each. The rows of
-// all others of the cluster are a list of their own, of which each block sums an equal part, and sends what it has of a
-// code to the block whose code it is. Looking through the codes grows with N K, so this is for batches of a few
-// thousand rows.
+// looks through the codes of all rows, and so knows where each of the cluster's rows belongs, by code and in order,
+// without a word from the others. The rows of codes that have few are listed for the block whose code it is, and summed
+// by it, a warp a code. Those of the other codes are a list that the cluster shares: each block sums an equal part of
+// it, and sends what it has of a code to the block whose code it is. Looking through the codes grows with N K, so this
+// is for batches of a few thousand rows.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,6 @@ struct gather_storage {
     static_assert(Tile::rows <= 1 << 13 && warp_rows <= 1 << 10 && (Tile::cluster > 1 || most_codes <= 8),
                   "an entry holds a code and a row");
     static constexpr int most_own = Tile::most_codes * Tile::most_own_rows;  // rows that the block sums alone
-    static_assert(Tile::rows < 1 << 15, "a place has a bit for the list");
 
     union {
         segment_storage<Tile> segments;
@@ -204,7 +203,7 @@ __device__ listed_rows list_rows(gather_storage<Tile>& shared, const row_source&
     __syncthreads();
     listed_rows list;
     list.own = shared.own_rows(codes.own).begin;
-    const unsigned own_count = shared.own_rows(codes.own + codes.own_count).begin - list.own;
+    const unsigned own_count = (shared.start[codes.own + codes.own_count] & 0xFFFFu) - list.own;
     list.all = shared.start[most_codes] >> 16;
     list.most =  // whole batches of a warp
         (list.all + Tile::cluster * most_float_rows - 1) / (Tile::cluster * most_float_rows) * most_float_rows;

@@ -19,8 +19,8 @@
 namespace cuvq::kernel {
 
 /// Rows added up in float before they go onto a sum in double: with 2^-24 for each addition, 8 rows are the most that
-/// keep every sum of n rows within 2^-22 sqrt(n) even if all roundings point the same way (equal rows do that). Of a
-/// run of 32 and more, two such sums may be added before they go there: sqrt(n) leaves room for it.
+/// keep every sum of n rows within 2^-22 sqrt(n) even if all roundings point the same way (equal rows do that). Where
+/// sqrt(n) leaves room, such sums are added up in float too: two of a run of 32 or more, all of a code of no more.
 inline constexpr int most_float_rows = 8;
 
 /// Whether x can be read by vectors of `Columns` elements.
@@ -185,8 +185,8 @@ struct row_adder {
         }
     }
     /// The float sum of the rows of the first `count` lanes, from 1 to 32; whether it is finite. A batch of loads at a
-    /// time, each summed alone: n rows need no more than 8 + n / 8 roundings, and 4 sqrt(n) are allowed. Aligned rows
-    /// are less than 2^32 elements apart.
+    /// time, each summed alone: a sum has no more than min(n, 8) + n / 8 roundings, and 4 sqrt(n) are allowed. Aligned
+    /// rows are less than 2^32 elements apart.
     __device__ bool sum_few(float (&sum)[columns_per_lane], std::uint32_t own_row, float own_weight, int count) const {
         // What this lane brings for all. Where a load gets two rows, the lower half of the warp takes rows 0 .. 7 and
         // 16 .. 23, the upper the others.
