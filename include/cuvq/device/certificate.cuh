@@ -132,8 +132,7 @@ __device__ inline float sum_of(float a, float b) { return a + b; }
 
 /// In double d64(x, c) of the head comment, in float the SIMT filter's value, for several codes at once, of rows of
 /// `columns` elements in any memory. Called by all eight lanes of a group with the same arguments; every lane gets the
-/// sums. Not finite if an element is not. `Once`: few instructions, for code that runs once,
-/// and so from a cold cache.
+/// sums. Not finite if an element is not. `Once`: few instructions, for code that runs once, and so from a cold cache.
 template <bool Once = false, class Sum, int Codes, class X, class C>
 __device__ void squared_distances(const X* x, const C* const (&codes)[Codes], std::int64_t columns,
                                   Sum (&distances)[Codes]) {

@@ -156,7 +156,8 @@ struct gather_plan {
     using alone = gather_tile<1>;
 
     kernel::row_source source;
-    bool vectors = false, checks = false;
+    bool vectors = false;  // also bounds the stride, see kernel::row_adder::sum_few
+    bool checks = false;
 
     template <class X>
     gather_plan(const detail::accumulate_args<X>& a, const provenance& from)

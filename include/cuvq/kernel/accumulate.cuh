@@ -12,6 +12,8 @@
 
 #include <cuvq/arch/hopper.cuh>
 #include <cuvq/detail/arguments.hpp>
+#include <cuvq/kernel/narrow_segments.cuh>
+#include <cuvq/kernel/row_adder.cuh>
 #include <cuvq/kernel/segments.cuh>
 #include <cuvq/kernel/sort_rows.cuh>
 #include <cuvq/views.hpp>

@@ -17,6 +17,7 @@
 
 #include <cuvq/arch/hopper.cuh>
 #include <cuvq/detail/arguments.hpp>
+#include <cuvq/kernel/row_adder.cuh>
 #include <cuvq/kernel/segments.cuh>
 #include <cuvq/kernel/sort_rows.cuh>
 #include <cuvq/views.hpp>
@@ -26,6 +27,8 @@ namespace cuvq::kernel {
 /// Rows begin .. end - 1 of a list.
 struct list_range {
     unsigned begin, end;
+
+    __device__ bool has_rows() const { return begin < end; }
 };
 
 /// Dynamic shared memory of `gather_codes`. Codes are counted within those of the cluster.
@@ -152,6 +155,11 @@ __device__ int find_rows(gather_storage<Tile>& shared, const row_source& source,
 /// shared list: rows begin .. end - 1, `most` of them but in the last part that has any. `all`: rows of that list.
 struct listed_rows {
     unsigned own, begin, end, most, all;
+
+    /// Whether block `b` of the cluster has some of these rows of the shared list.
+    __device__ bool has_share(unsigned b, const list_range& rows) const {
+        return max(rows.begin, b * most) < min(rows.end, (b + 1) * most);
+    }
 };
 
 /// Lists the rows of the cluster's codes: those of the block to shared.listed, and shared.start. Ends with a barrier.
@@ -310,8 +318,8 @@ __device__ void sum_own_codes(gather_storage<Tile>& shared, const detail::accumu
     const int stride = gather_stride(a.x.columns);
 #pragma unroll 1
     for (unsigned c = from_last ? warps - 1 - warp : warp; c < codes.own_count; c += warps) {
-        const list_range of_all = shared.shared_rows(codes.own + c), rows = shared.own_rows(codes.own + c);
-        if (of_all.begin < of_all.end) continue;
+        if (shared.shared_rows(codes.own + c).has_rows()) continue;
+        const list_range rows = shared.own_rows(codes.own + c);
         const int first = static_cast<int>(rows.begin - own);
         int last = static_cast<int>(rows.end - own);
         unsigned bad = 0;  // rows that a slice has found
@@ -376,8 +384,7 @@ __device__ unsigned expected_bytes(gather_storage<Tile>& shared, const gathered_
         const list_range rows = shared.shared_rows(codes.own + lane);
         unsigned blocks = 0;  // that have some of them
 #pragma unroll
-        for (unsigned b = 0; b < Tile::cluster; ++b)
-            blocks += max(rows.begin, b * list.most) < min(rows.end, (b + 1) * list.most);
+        for (unsigned b = 0; b < Tile::cluster; ++b) blocks += list.has_share(b, rows);
         bytes = blocks == 1 ? sizeof(float) : blocks * sizeof(double);
     }
     return cub::WarpReduce<unsigned>(shared.reduce).Sum(bytes);
@@ -473,11 +480,8 @@ __device__ void take_shares(gather_storage<Tile>& shared, const gathered_codes& 
                             int slice, int stride) {
     constexpr int teams = Tile::threads / Tile::columns;
     const int lane = static_cast<int>(threadIdx.x) % 32, column = static_cast<int>(threadIdx.x) % Tile::columns;
-    const auto has_rows = [&](int c) {
-        const list_range rows = shared.shared_rows(codes.own + c);
-        return rows.begin < rows.end;
-    };
-    unsigned left = __ballot_sync(0xFFFFFFFFu, lane < static_cast<int>(codes.own_count) && has_rows(lane));
+    unsigned left = __ballot_sync(
+        0xFFFFFFFFu, lane < static_cast<int>(codes.own_count) && shared.shared_rows(codes.own + lane).has_rows());
     shared.box.receive(static_cast<unsigned>(slice / Tile::columns));
 #pragma unroll 1
     for (int number = 0; left != 0; ++number, left &= left - 1) {
@@ -488,9 +492,8 @@ __device__ void take_shares(gather_storage<Tile>& shared, const gathered_codes& 
         double sum = 0, count = 0;
 #pragma unroll
         for (unsigned b = 0; b < Tile::cluster; ++b) {
-            const unsigned begin = b * list.most;
-            if (max(rows.begin, begin) >= min(rows.end, begin + list.most)) continue;
-            const int slot = rows.begin <= begin ? 0 : 1;
+            if (!list.has_share(b, rows)) continue;
+            const int slot = rows.begin <= b * list.most ? 0 : 1;
             ++blocks;
             sum += shared.part_sum[b][slot][column];
             count += shared.part_count[b][slot];
